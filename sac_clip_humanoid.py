@@ -1,0 +1,1106 @@
+"""Train a MuJoCo humanoid to take a pose described by one sentence: SAC on a CLIP reward.
+
+    python sac_clip_humanoid.py                                      # kneeling, on a laptop CPU
+    python sac_clip_humanoid.py --goal "a humanoid robot meditating in the lotus pose"
+    python sac_clip_humanoid.py --clip-model ViT-bigG-14/laion2b_s39b_b160k --frame-size 224 \\
+        --total-timesteps 10_000_000 --learning-starts 50_000 --batch-size 512       # the paper
+
+CLIP looks at each frame and says how far it lies on the way from the baseline prompt ("a humanoid
+robot") to the goal prompt ("a humanoid robot kneeling"). That number is the whole reward: no state,
+no demonstration, no hand-written term. Whether the agent succeeds is judged apart from it, by
+predicates on the simulator's state.
+
+Paper: Rocamonde et al., "Vision-Language Models are Zero-Shot Reward Models for Reinforcement
+Learning", ICLR 2024, https://arxiv.org/abs/2310.12921
+"""
+
+import json
+import math
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+os.environ.setdefault("LP_NUM_THREADS", "0")  # Mesa: each worker renders on its own core
+if sys.platform == "linux":
+    os.environ.setdefault("MUJOCO_GL", "egl")
+
+import gymnasium as gym
+import imageio
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from tensorboard.compat.proto.summary_pb2 import Summary
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from clip_reward import CLIPReward  # before mujoco: torch must load ahead of the first GL context
+
+try:
+    import mujoco
+    from gymnasium.envs.mujoco.humanoid_v5 import HumanoidEnv as MujocoHumanoid
+except Exception as error:  # mujoco raises whatever its GL loader raised
+    print(
+        f"MUJOCO_GL={os.environ.get('MUJOCO_GL', '')}: mujoco cannot load this renderer ({error}). "
+        "On Debian or Ubuntu: apt-get install libegl1 libgl1, or apt-get install libosmesa6 and "
+        "set MUJOCO_GL=osmesa",
+        file=sys.stderr,
+    )
+    raise SystemExit(2) from None
+
+HERE = Path(__file__).resolve().parent
+ACTION_SCALE = 0.4  # torque limit of Humanoid-v5; policies act in [-1, 1]
+
+
+@dataclass
+class Args:
+    # ---- Run
+    exp_name: str = "sac_clip_humanoid"
+    """name of the experiment, part of the run's folder"""
+    seed: int = 1
+    """of networks, action noise, replay and every reset"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """where CLIP, networks and replay live; auto takes CUDA if there is one"""
+    total_timesteps: int = 300_000
+    """environment steps, over all environments"""
+    num_envs: int = 16
+    """worker processes, one humanoid in each"""
+    eval_every: int = 16_000
+    """env steps between evaluations; also the rhythm of the videos"""
+    eval_episodes: int = 16
+    """episodes of each evaluation during training"""
+    final_episodes: int = 100
+    """episodes of the evaluation at the end, on seeds that selected nothing"""
+    checkpoint_every: int = 16_000
+    """env steps between checkpoints; running episodes are cut short there"""
+    capture_video: bool = True
+    """record an episode at each evaluation, at 320 pixels"""
+    resume: Path | None = None
+    """a run's folder to continue, with the arguments it was started with"""
+    evaluate: Path | None = None
+    """a run's folder whose best agent to replay, instead of training"""
+    track: bool = False
+    """log to Weights and Biases too (pip install wandb)"""
+    wandb_project_name: str = "clip-rl"
+    """its project"""
+    wandb_entity: str | None = None
+    """its team"""
+    worker_timeout: float = 60.0
+    """seconds after which a worker that does not answer ends the run"""
+
+    # ---- Environment
+    task: str = "kneeling"
+    """a name in TASKS: its goal prompt, its baseline and its success predicate"""
+    textured: bool = True
+    """coloured limbs, sky and floor; --no-textured is the plain body (the paper's ablation)"""
+    camera: Literal["fixed", "track"] = "fixed"
+    """the paper's camera, or the one fixed to the body (the paper's ablation)"""
+    frame_size: int = 96
+    """width and height in pixels of the frames that CLIP sees"""
+
+    # ---- CLIP reward
+    reward: Literal["clip", "env"] = "clip"
+    """env: gymnasium's own running reward, with its termination, to check the algorithm"""
+    goal: str | None = None
+    """any sentence in place of the task's goal prompt; there is no success rate then"""
+    baseline: str | None = None
+    """any sentence in place of the task's baseline prompt"""
+    alpha: float = 0.0
+    """strength of the goal-baseline regularisation, from 0 (cosine to the goal) to 1"""
+    clip_model: str = str(HERE / "tests" / "tiny_clip")
+    """folder, ARCH/TAG or ARCH/FILE of open_clip, or hf-hub:ID"""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """of CLIP; auto is bf16 where the processor has it"""
+    compile: bool = False
+    """torch.compile CLIP's image tower"""
+    score_every: int = 8
+    """steps of all environments whose frames make one CLIP batch"""
+
+    # ---- Algorithm
+    buffer_size: int = 1_000_000
+    """transitions in the replay"""
+    learning_starts: int = 5_000
+    """env steps of uniformly random actions before the first update"""
+    updates_per_step: float = 0.5
+    """gradient updates per environment step"""
+    batch_size: int = 256
+    """transitions per update"""
+    learning_rate: float = 6e-4
+    """of actor, critics and temperature"""
+    gamma: float = 0.95
+    """discount factor"""
+    tau: float = 0.005
+    """fraction of the critics that enters their targets per update"""
+    ent_coef: float | None = None
+    """SAC's temperature; unset, it is learned so that the entropy meets -dim(action)"""
+    reward_scale: float = 10.0
+    """factor on the reward before it is learned from"""
+    hidden: int = 256
+    """units in each of the two hidden layers"""
+
+
+def check(condition: bool, message: str) -> None:
+    """Bad input: one line that names the flag, the value and the remedy, and exit code 2."""
+    if not condition:
+        print(message, file=sys.stderr)
+        raise SystemExit(2)
+
+
+def check_args(args: Args) -> None:
+    for name in ("total_timesteps", "num_envs", "eval_every", "eval_episodes", "final_episodes",
+                 "checkpoint_every", "frame_size", "score_every", "buffer_size", "batch_size",
+                 "updates_per_step", "learning_rate", "tau", "reward_scale", "hidden",
+                 "worker_timeout"):  # fmt: skip
+        value = getattr(args, name)
+        check(value > 0, f"--{name.replace('_', '-')} {value}: must be greater than 0")
+    check(
+        args.learning_starts >= 0, f"--learning-starts {args.learning_starts}: must be at least 0"
+    )
+    check(0 <= args.alpha <= 1, f"--alpha {args.alpha}: must lie between 0 and 1")
+    check(0 <= args.gamma < 1, f"--gamma {args.gamma}: must be at least 0 and less than 1")
+    check(args.tau <= 1, f"--tau {args.tau}: must be at most 1")
+    check(args.task in TASKS, f"--task {args.task}: choose one of {', '.join(TASKS)}")
+    for name, sentence in (("goal", args.goal), ("baseline", args.baseline)):
+        check(
+            sentence is None or sentence.strip() != "", f"--{name} {sentence!r}: write a sentence"
+        )
+    check(
+        args.batch_size <= args.buffer_size,
+        f"--batch-size {args.batch_size}: larger than --buffer-size {args.buffer_size}; lower it",
+    )
+    check(
+        args.num_envs * 200 <= args.buffer_size,
+        f"--buffer-size {args.buffer_size}: holds less than two episodes of {args.num_envs} "
+        f"environments; raise it to {args.num_envs * 200}",
+    )
+    check(
+        args.device != "cuda" or torch.cuda.is_available(),
+        "--device cuda: torch finds no CUDA device; use --device cpu or install a CUDA build",
+    )
+
+
+class Pose(NamedTuple):
+    """Where the body is, from the kinematics of qpos alone: metres and radians, right side first.
+
+    Legs, seat and centre of mass are in the heading frame of the pelvis (origin on the floor under
+    the seat; x forward, y left, z up), hands and elbows in the frame of the trunk (origin in the
+    chest; x forward, y left, z to the head), so a predicate reads the same wherever the humanoid
+    stands, faces and leans.
+    """
+
+    upright: float  # cosine of the angle between the trunk and the vertical
+    chest_height: float
+    knee_flexion: np.ndarray  # [2], 0 is straight
+    clearance: dict[str, np.ndarray]  # of seat [], knees [2] and feet [2] above the floor
+    com: np.ndarray  # [3]
+    knees: np.ndarray  # [2, 3]
+    feet: np.ndarray  # [2, 3]
+    elbows: np.ndarray  # [2, 3]
+    hands: np.ndarray  # [2, 3]
+    hands_above_head: np.ndarray  # [2], centre of the hand over the top of the head
+
+
+TOUCH = 0.03  # m of clearance that still counts as touching the floor
+BALANCE = 0.1  # m that the centre of mass may lie outside the box around its supports
+
+
+def balanced(p: Pose, supports: np.ndarray) -> bool:
+    low, high = supports[:, :2].min(0) - BALANCE, supports[:, :2].max(0) + BALANCE
+    return bool(((low <= p.com[:2]) & (p.com[:2] <= high)).all())
+
+
+def kneeling(p: Pose) -> bool:
+    shins = p.feet - p.knees
+    supports = np.concatenate([p.knees, p.feet[p.clearance["feet"] <= TOUCH]])
+    return bool(
+        (p.clearance["knees"] <= TOUCH).all()
+        and (p.knee_flexion > np.deg2rad(60)).all()
+        and (-shins[:, 0] > np.abs(shins[:, 1])).all()  # point backwards ...
+        and p.knees[1, 1] - p.knees[0, 1] <= 0.5  # ... from knees side by side: not the lotus
+        and p.upright > 0.7
+        and balanced(p, supports)
+    )
+
+
+def lotus(p: Pose) -> bool:
+    return bool(
+        p.clearance["seat"] <= 0.2  # this body rests on its heels: its shins cannot turn flat
+        and (p.clearance["knees"] <= TOUCH).all()
+        and (p.knee_flexion > np.deg2rad(100)).all()
+        and p.knees[1, 1] - p.knees[0, 1] > 0.5  # knees face outwards ...
+        and abs(p.feet[1, 1] - p.feet[0, 1]) < 0.6 * (p.knees[1, 1] - p.knees[0, 1])  # ... feet in
+        and p.upright > 0.5
+    )
+
+
+def upright_on(p: Pose, standing_feet: list[bool]) -> bool:
+    return bool(
+        ((p.clearance["feet"] <= TOUCH) == standing_feet).all()
+        and p.upright > 0.85
+        and p.chest_height > 1.1  # 1.29 with straight legs
+        and balanced(p, p.feet[standing_feet])
+    )
+
+
+def standing(p: Pose) -> bool:
+    return upright_on(p, [True, True])
+
+
+def arms_raised(p: Pose) -> bool:
+    return standing(p) and bool((p.hands_above_head > 0).all())
+
+
+def splits(p: Pose) -> bool:
+    return bool(
+        p.clearance["seat"] <= TOUCH
+        and (p.clearance["feet"] <= TOUCH).all()
+        and (p.knee_flexion < np.deg2rad(30)).all()
+        and p.feet[1, 1] - p.feet[0, 1] > 1.2
+        and (np.abs(p.feet[:, 1]) > np.abs(p.feet[:, 0])).all()  # to the sides more than forwards
+        and p.upright > 0.5
+    )
+
+
+def hands_on_hips(p: Pose) -> bool:
+    hips = np.array([[0.0, -0.17, -0.33], [0.0, 0.17, -0.33]])  # the sides of the pelvis
+    return standing(p) and bool(
+        (np.linalg.norm(p.hands - hips, axis=1) < 0.15).all()
+        and (np.abs(p.elbows[:, 1]) > np.abs(p.hands[:, 1])).all()
+    )
+
+
+def arms_crossed(p: Pose) -> bool:
+    overlap = p.hands[0, 1] - p.hands[1, 1]  # the right hand is this far to the left of the left
+    return standing(p) and bool(
+        overlap > 0.1  # hands have a radius of 0.04: two that only touch stay under this
+        and p.elbows[0, 1] < p.elbows[1, 1]
+        and (p.hands[:, 0] > 0.1).all()
+        and (np.abs(p.hands[:, 2]) < 0.3).all()  # at the height of the chest
+    )
+
+
+def one_leg(p: Pose) -> bool:
+    return upright_on(p, [True, False]) or upright_on(p, [False, True])
+
+
+class Task(NamedTuple):
+    goal: str
+    in_goal_state: Callable[[Pose], bool] | None = None  # a free --goal has none
+    baseline: str = "a humanoid robot"
+
+
+TASKS = {
+    "kneeling": Task("a humanoid robot kneeling", kneeling),
+    "lotus": Task("a humanoid robot seated down, meditating in the lotus position", lotus),
+    "standing": Task("a humanoid robot standing up", standing),
+    "arms_raised": Task("a humanoid robot standing up, with both arms raised", arms_raised),
+    "splits": Task("a humanoid robot practicing gymnastics, doing the side splits", splits),
+    "hands_on_hips": Task("a humanoid robot standing up with hands on hips", hands_on_hips),
+    "arms_crossed": Task("a humanoid robot standing up, with its arms crossed", arms_crossed),
+    "one_leg": Task("a humanoid robot standing up on one leg", one_leg),
+}
+
+# Limbs that can be told apart at 96 pixels; each colour tints the body's procedural texture.
+COLOURS = {
+    "head": (0.95, 0.95, 0.97),
+    "hand": (0.95, 0.85, 0.20),
+    "larm": (0.90, 0.45, 0.15),
+    "uarm": (0.75, 0.30, 0.12),
+    "thigh": (0.20, 0.50, 0.45),
+    "shin": (0.35, 0.70, 0.60),
+    "foot": (0.12, 0.12, 0.14),
+}
+
+
+class HumanoidEnv(MujocoHumanoid):
+    """A 3D humanoid that is to take a pose, seen by a fixed camera.
+
+    ## Description
+    Gymnasium's Humanoid-v5 body (17 joints, 1.5 m tall, facing the camera) in the setting of
+    "Vision-Language Models are Zero-Shot Reward Models for RL" (arXiv 2310.12921): short episodes
+    of fixed length, nothing ends them early, and the frame, not the state, is what gets rewarded.
+
+    ## Action Space
+    `Box(-0.4, 0.4, (17,), float32)`: torques at the joints, as in Humanoid-v5.
+
+    | Num   | Action                                         |
+    | ----- | ---------------------------------------------- |
+    | 0-2   | abdomen: y, z, x                               |
+    | 3-6   | right leg: hip x, hip z, hip y, knee           |
+    | 7-10  | left leg: hip x, hip z, hip y, knee            |
+    | 11-13 | right arm: shoulder 1, shoulder 2, elbow       |
+    | 14-16 | left arm: shoulder 1, shoulder 2, elbow        |
+
+    ## Observation Space
+    `Box(-inf, inf, (348,), float32)`, as in Humanoid-v5.
+
+    | Num     | Observation                                               | Unit          |
+    | ------- | --------------------------------------------------------- | ------------- |
+    | 0-21    | positions: height, orientation (quaternion), joint angles | m, rad        |
+    | 22-44   | velocities of the same                                    | m/s, rad/s    |
+    | 45-174  | mass and inertia of the bodies, relative to the centre    | kg, kg m^2    |
+    | 175-252 | velocities of the bodies about the centre of mass         | rad/s, m/s    |
+    | 253-269 | torques of the actuators                                  | N m           |
+    | 270-347 | external forces on the bodies                             | N m, N        |
+
+    ## Rewards
+    Humanoid-v5's own running reward. The CLIP reward of a frame is computed outside, in batches.
+
+    ## Starting State
+    Standing, with uniform noise of 0.01 on every position and velocity.
+
+    ## Episode End
+    Truncation after `max_episode_steps` (100 steps of 0.015 s). With `terminate_when_unhealthy`,
+    as Humanoid-v5 has it, also termination when the chest leaves 1.0 to 2.0 m.
+
+    ## Arguments
+    | Parameter                  | Default      | Description                                      |
+    | -------------------------- | ------------ | ------------------------------------------------ |
+    | `task`                     | `"kneeling"` | a name in `TASKS`, or None (no predicate)        |
+    | `textured`                 | `True`       | coloured limbs, sky and floor, or the plain body |
+    | `camera`                   | `"fixed"`    | the paper's, or `"track"`, the body's own        |
+    | `terminate_when_unhealthy` | `False`      | end the episode at a fall                        |
+    | `width`, `height`          | 96           | size of the frame in pixels                      |
+
+    `info["goal_state"]` is `in_goal_state()` after the step; evaluation counts it, no reward does.
+    """
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 67}
+
+    def __init__(
+        self,
+        task: str | None = "kneeling",
+        render_mode: str | None = None,
+        textured: bool = True,
+        camera: Literal["fixed", "track"] = "fixed",
+        terminate_when_unhealthy: bool = False,
+        width: int = 96,
+        height: int = 96,
+    ):
+        if task is not None and task not in TASKS:
+            raise ValueError(f"task {task!r}: choose one of {', '.join(TASKS)}")
+        self.task, self.textured, self.camera = task, textured, camera
+        self._renderer = None
+        super().__init__(
+            render_mode=render_mode,
+            terminate_when_unhealthy=terminate_when_unhealthy,
+            width=width,
+            height=height,
+        )
+        self.metadata = HumanoidEnv.metadata
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (348,), np.float32)
+        self._geom = {self.model.geom(i).name: i for i in range(self.model.ngeom)}
+        self._body = {self.model.body(i).name: i for i in range(self.model.nbody)}
+
+    def _initialize_simulation(self):
+        spec = mujoco.MjSpec.from_file(self.fullpath)
+        if self.textured:
+            textures = {texture.name: texture for texture in spec.textures}
+            textures[""].rgb1, textures[""].rgb2 = (0.75, 0.83, 0.92), (0.55, 0.65, 0.78)  # sky
+            textures["texplane"].rgb1, textures["texplane"].rgb2 = (0.55,) * 3, (0.42,) * 3
+            textures["texgeom"].rgb1 = textures["texgeom"].rgb2 = (1, 1, 1)
+            spec.material("MatPlane").texrepeat = (40, 40)
+            for geom in spec.geoms:
+                part = geom.name.split("_")[-1].rstrip("1")
+                geom.rgba = (*COLOURS.get(part, (0.25, 0.30, 0.50)), 1)
+            spec.geom("floor").rgba = (1.0, 0.97, 0.9, 1)
+        # CLIP sees a small frame: what it cannot resolve is not worth rendering.
+        quality = spec.visual.quality
+        quality.numslices, quality.numstacks, quality.offsamples = 8, 4, 0
+        spec.visual.global_.offwidth, spec.visual.global_.offheight = self.width, self.height
+        model = spec.compile()
+        return model, mujoco.MjData(model)
+
+    def _get_obs(self):
+        return super()._get_obs().astype(np.float32)
+
+    def step(self, action):
+        observation, reward, terminated, truncated, _ = super().step(action)
+        # mj_step leaves the geometry one substep behind qpos; CLIP and predicate see the present.
+        mujoco.mj_kinematics(self.model, self.data)
+        info = {} if self.task is None else {"goal_state": self.in_goal_state()}
+        return observation, float(reward), terminated, truncated, info
+
+    def _get_reset_info(self):
+        return {}
+
+    def render(self):
+        if self.render_mode is None:
+            return None
+        if self._renderer is None:  # the GL context belongs to the process that first draws
+            self._renderer = mujoco.Renderer(self.model, self.height, self.width)
+            flags = self._renderer.scene.flags
+            flags[mujoco.mjtRndFlag.mjRND_SHADOW] = flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
+            self._view = mujoco.MjvCamera()
+            self._view.lookat, self._view.distance = (0.0, 0.0, 1.0), 3.5
+            self._view.azimuth, self._view.elevation = 180, -10
+        self._renderer.update_scene(self.data, self._view if self.camera == "fixed" else "track")
+        return self._renderer.render()
+
+    def close(self):
+        if self._renderer is not None:
+            self._renderer.close()
+            self._renderer = None
+
+    def pose(self) -> Pose:
+        data, sides = self.data, ("right", "left")
+        geoms = lambda name: data.geom_xpos[[self._geom[f"{side}_{name}"] for side in sides]]
+        bodies = lambda name: data.xpos[[self._body[f"{side}_{name}"] for side in sides]]
+        chest, trunk = data.xpos[self._body["torso"]], data.xmat[self._body["torso"]].reshape(3, 3)
+        seat, left = data.geom_xpos[self._geom["butt"]], data.xmat[self._body["pelvis"]][1::3]
+        left = np.array([left[0], left[1], 0.0]) / (np.hypot(left[0], left[1]) + 1e-9)
+        heading = np.stack([[left[1], -left[0], 0.0], left, [0.0, 0.0, 1.0]], 1)  # columns x, y, z
+        under_seat = seat * (1, 1, 0)
+        com = self.model.body_mass @ data.xipos / self.model.body_mass.sum()
+        seat_tilt = abs(data.geom_xmat[self._geom["butt"]][8])  # of the capsule's axis
+        knees, feet, hands = bodies("shin"), geoms("foot"), geoms("hand")
+        return Pose(
+            upright=float(trunk[2, 2]),
+            chest_height=float(chest[2]),
+            knee_flexion=-np.array([data.joint(f"{side}_knee").qpos[0] for side in sides]),
+            clearance={
+                "seat": seat[2] - 0.09 - 0.07 * seat_tilt,
+                "knees": knees[:, 2] - 0.049,
+                "feet": feet[:, 2] - 0.075,
+            },
+            com=(com - under_seat) @ heading,
+            knees=(knees - under_seat) @ heading,
+            feet=(feet - under_seat) @ heading,
+            elbows=(bodies("lower_arm") - chest) @ trunk,
+            hands=(hands - chest) @ trunk,
+            hands_above_head=hands[:, 2] - data.geom_xpos[self._geom["head"]][2] - 0.09,
+        )
+
+    def in_goal_state(self) -> bool:
+        """Whether the state, as `mj_forward` left it, is one of the task's goal."""
+        return TASKS[self.task].in_goal_state(self.pose())
+
+
+gym.register("HumanoidCLIP-v0", HumanoidEnv, max_episode_steps=100)
+
+
+def draw_one_frame() -> None:
+    env = HumanoidEnv(render_mode="rgb_array")
+    env.reset()
+    env.render()
+
+
+class FrameObservation(gym.ObservationWrapper):
+    """The state with the frame that shows it, drawn before any reset: {"state", "frame"}."""
+
+    def __init__(self, env: gym.Env):
+        super().__init__(env)
+        # A size of 0 means that nobody looks.
+        self.shape = (env.unwrapped.height, env.unwrapped.width, 3)
+        self.observation_space = gym.spaces.Dict(
+            state=env.observation_space, frame=gym.spaces.Box(0, 255, self.shape, np.uint8)
+        )
+
+    def observation(self, observation):
+        frame = self.render() if all(self.shape) else np.zeros(self.shape, np.uint8)
+        return {"state": observation, "frame": frame}
+
+
+def make_envs(args: Args, num_envs: int, size: int) -> gym.vector.AsyncVectorEnv:
+    """One humanoid in each worker process; frames come back through shared memory."""
+
+    def make_env():
+        parent = multiprocessing.parent_process()
+        if parent is not None:  # in a worker: Ctrl-C is for the parent, its death for both
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+        env = gym.make(
+            "HumanoidCLIP-v0",
+            disable_env_checker=True,
+            render_mode="rgb_array",
+            task=args.task if args.goal is None else None,
+            textured=args.textured,
+            camera=args.camera,
+            terminate_when_unhealthy=args.reward == "env",
+            width=size,
+            height=size,
+        )
+        return FrameObservation(env)
+
+    return gym.vector.AsyncVectorEnv(
+        [make_env] * num_envs,
+        context="fork" if sys.platform == "linux" else None,  # spawn would load torch in each
+        autoreset_mode=gym.vector.AutoresetMode.DISABLED,
+    )
+
+
+@contextmanager
+def worker_failures(envs: gym.vector.AsyncVectorEnv, stage: str):
+    """A worker that dies, hangs or raises ends the run in one line, and takes no worker along."""
+    try:
+        yield
+    except Exception as error:
+        time.sleep(0.5)  # a pipe breaks a little before its process is gone
+        silent = [i for i, pipe in enumerate(envs.parent_pipes) if pipe.closed or not pipe.poll()]
+        dead = [i for i, process in enumerate(envs.processes) if not process.is_alive()]
+        envs.close(terminate=True)
+        print(
+            f"{stage}: worker {dead or silent} of {envs.num_envs} {'died' if dead else 'failed'} "
+            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}). "
+            f"MUJOCO_GL is {os.environ.get('MUJOCO_GL')}: try a lower --num-envs, "
+            "MUJOCO_GL=osmesa, or a longer --worker-timeout",
+            file=sys.stderr,
+        )
+        raise SystemExit(1) from None
+
+
+class Replay:
+    """A ring of observations per environment; each is stored once, next to its successor.
+
+    Row t of an environment holds s, a, r of one step; s' is row t + 1. The last observation of an
+    episode takes a row of its own, from which no transition starts.
+    """
+
+    def __init__(self, capacity: int, num_envs: int, obs_dim: int, act_dim: int, device):
+        self.rows, self.num_envs, self.device = capacity // num_envs, num_envs, device
+        shape = (self.rows, num_envs)
+        self.data = {
+            "observation": torch.zeros(*shape, obs_dim, device=device),
+            "action": torch.zeros(*shape, act_dim, device=device),
+            "reward": torch.zeros(*shape, device=device),
+            "terminated": torch.zeros(*shape, dtype=torch.bool, device=device),
+            "starts": torch.zeros(*shape, dtype=torch.bool, device=device),
+        }
+        self.env = torch.arange(num_envs, device=device)
+        self.head = torch.zeros(num_envs, dtype=torch.int64, device=device)  # next row, unwrapped
+
+    def add(self, observation, action, reward, terminated, next_observation, ended):
+        """One step of every environment, [N, ...] each; `ended` where the next one is a reset."""
+        now, after = self.head % self.rows, (self.head + 1) % self.rows
+        self.data["observation"][now, self.env] = observation
+        self.data["action"][now, self.env] = action
+        self.data["reward"][now, self.env] = reward
+        self.data["terminated"][now, self.env] = terminated
+        self.data["starts"][now, self.env] = True
+        self.data["observation"][after, self.env] = next_observation
+        self.data["starts"][after, self.env] = False
+        self.head += 1 + ended.long()
+
+    def align(self) -> int:
+        """Bring all environments to the same row, so that a checkpoint is a rectangle."""
+        head = int(self.head.max())
+        for i, first in enumerate(self.head.tolist()):
+            self.data["starts"][torch.arange(first, head) % self.rows, i] = False
+        self.head.fill_(head)
+        return head
+
+    def sample(self, batch_size: int, generator: torch.Generator):
+        # Some rows start no transition: draw sixteen times and take the first that does.
+        shape, device = (16, batch_size), self.device
+        env = torch.randint(self.num_envs, shape, generator=generator, device=device)
+        filled = self.head.clamp(max=self.rows)[env]
+        row = (torch.rand(shape, generator=generator, device=device) * filled).long()
+        first = self.data["starts"][row, env].int().argmax(0, keepdim=True)
+        row, env = row.gather(0, first)[0], env.gather(0, first)[0]
+        return (
+            self.data["observation"][row, env],  # [B, O]
+            self.data["action"][row, env],  # [B, A]
+            self.data["reward"][row, env],  # [B]
+            self.data["observation"][(row + 1) % self.rows, env],  # [B, O]
+            self.data["terminated"][row, env].float(),  # [B]
+        )
+
+    def save(self, folder: Path, first: int, head: int) -> None:
+        """Append rows [first, head) as one file; what is on disk already is not written again."""
+        rows = torch.arange(max(first, head - self.rows), head) % self.rows
+        atomic_save({k: v[rows].cpu() for k, v in self.data.items()}, folder / f"{first}-{head}.pt")
+        for path in folder.glob("*-*.pt"):
+            if int(path.stem.split("-")[1]) <= head - self.rows:
+                path.unlink()
+
+    def load(self, folder: Path, head: int) -> None:
+        files = sorted(folder.glob("*-*.pt"), key=lambda path: int(path.stem.split("-")[0]))
+        for path in files:
+            end = int(path.stem.split("-")[1])
+            if end <= head:  # a later file belongs to a checkpoint that was never finished
+                part = torch.load(path, map_location=self.device, weights_only=True)
+                rows = torch.arange(end - len(part["starts"]), end) % self.rows
+                for name, value in part.items():
+                    self.data[name][rows] = value
+        self.head.fill_(head)
+
+
+class Normaliser(nn.Module):
+    """Standardises observations by the mean and variance of all that were collected."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.register_buffer("count", torch.tensor(1e-4))
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("var", torch.ones(dim))
+
+    def update(self, x: torch.Tensor) -> None:  # [M, O]
+        total, delta = self.count + len(x), x.mean(0) - self.mean
+        m2 = self.var * self.count + x.var(0, correction=0) * len(x)
+        self.var.copy_((m2 + delta**2 * self.count * len(x) / total) / total)
+        self.mean += delta * len(x) / total
+        self.count.copy_(total)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return ((x - self.mean) * (self.var + 1e-8).rsqrt()).clamp(-10, 10)
+
+
+class TwinQ(nn.Module):
+    """Both critics as one batch of two: Q(s, a) [2, B]."""
+
+    def __init__(self, obs_dim: int, act_dim: int, hidden: int):
+        super().__init__()
+        sizes = [obs_dim + act_dim, hidden, hidden, 1]
+        bounds = [1 / math.sqrt(n) for n in sizes]  # as nn.Linear does
+        self.weights = nn.ParameterList(
+            torch.empty(2, m, n).uniform_(-bound, bound)
+            for m, n, bound in zip(sizes, sizes[1:], bounds, strict=False)
+        )
+        self.biases = nn.ParameterList(
+            torch.empty(2, 1, n).uniform_(-bound, bound)
+            for n, bound in zip(sizes[1:], bounds, strict=False)
+        )
+
+    def forward(self, s: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+        x = torch.cat([s, a], -1).expand(2, -1, -1)  # [2, B, O + A]
+        for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+            x = torch.baddbmm(bias, F.relu(x) if i else x, weight)
+        return x.squeeze(-1)
+
+
+class Actor(nn.Module):
+    """A Gaussian squashed by tanh into [-1, 1]."""
+
+    def __init__(self, obs_dim: int, act_dim: int, hidden: int):
+        super().__init__()
+        self.trunk = nn.Sequential(
+            nn.Linear(obs_dim, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()
+        )
+        self.head = nn.Linear(hidden, 2 * act_dim)
+
+    def forward(self, s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        mean, log_std = self.head(self.trunk(s)).chunk(2, -1)
+        return mean, -5 + 3.5 * (torch.tanh(log_std) + 1)  # log_std in [-5, 2]
+
+    def sample(self, s: torch.Tensor, generator: torch.Generator):
+        """a [B, A] and log pi(a | s) [B]."""
+        mean, log_std = self(s)
+        noise = torch.randn(mean.shape, generator=generator, device=mean.device)
+        u = mean + log_std.exp() * noise
+        log_normal = -0.5 * noise**2 - log_std - 0.5 * math.log(2 * math.pi)
+        # log(1 - tanh(u)^2), in a form that neither overflows nor cancels
+        log_jacobian = 2 * (math.log(2) - u - F.softplus(-2 * u))
+        return torch.tanh(u), (log_normal - log_jacobian).sum(-1)
+
+
+def reset_seed(*key: int) -> int:
+    """The seed of one reset, from (seed, use, environment, episode)."""
+    return int(np.random.SeedSequence(key).generate_state(1)[0])
+
+
+def evaluate(envs, policy, clip, episodes: int, key: tuple, args: Args):
+    """Play `episodes` to their end with `policy(state) -> action in [-1, 1]`, [N, ...] each.
+
+    Success is the paper's: the goal state for at least half of an episode's steps; a free goal has
+    no predicate, hence no success rate. Returns the means over the episodes, and the frames of the
+    first episode [T, H, W, 3].
+    """
+    rounds, film = [], None
+    for first in range(0, episodes, envs.num_envs):
+        seeds = [reset_seed(*key, first + i) for i in range(envs.num_envs)]
+        frames, steps, alive = [], [], np.ones(envs.num_envs, bool)
+        with worker_failures(envs, "evaluation"):
+            observation, _ = envs.reset(seed=seeds)
+            while alive.any():
+                envs.step_async(ACTION_SCALE * policy(observation["state"]))
+                observation, reward, terminated, truncated, info = envs.step_wait(
+                    timeout=args.worker_timeout
+                )
+                goal_state = info.get("goal_state", np.zeros(envs.num_envs))
+                frames.append(observation["frame"])
+                steps.append(np.stack([alive, alive * reward, alive * goal_state]))
+                alive = alive & ~(terminated | truncated)
+        steps, frames = np.stack(steps), np.stack(frames)  # [T, 3, N], [T, N, H, W, 3]
+        film = frames[:, 0] if film is None else film
+        totals = steps.sum(0)
+        if clip is not None:
+            scores = clip(frames.reshape(-1, *frames.shape[2:])).view(frames.shape[:2])
+            totals = np.concatenate([totals, (scores.cpu().numpy() * steps[:, 0]).sum(0)[None]])
+        rounds.append(totals)
+    totals = np.concatenate(rounds, 1)[:, :episodes]
+    length, goal_steps = totals[0], totals[2]
+    means = {"episodes": episodes, "episodic_return": float(totals[1].mean())}
+    if clip is not None:
+        means["clip_return"] = float(totals[3].mean())
+    if args.goal is None:
+        means["success_rate"] = float((goal_steps >= length / 2).mean())
+        means["goal_state"] = float((goal_steps / length).mean())
+    return means, film
+
+
+def write_video(film: np.ndarray, path: Path, writer: SummaryWriter | None, step: int) -> None:
+    """An mp4 at half speed, and in TensorBoard a small animation (torch's own needs moviepy 1)."""
+    imageio.mimwrite(path, film, fps=30, macro_block_size=1)
+    if writer is not None:
+        small = film[::3, ::2, ::2]
+        gif = imageio.mimwrite("<bytes>", small, format="gif", duration=100, loop=0)
+        image = Summary.Image(
+            height=small.shape[1], width=small.shape[2], colorspace=3, encoded_image_string=gif
+        )
+        value = Summary.Value(tag="eval/video", image=image)
+        writer.file_writer.add_summary(Summary(value=[value]), step)
+
+
+def atomic_save(state: dict, path: Path) -> None:
+    """A file that is there is whole, wherever the run was killed."""
+    part = path.with_suffix(".part")
+    torch.save(state, part)
+    os.replace(part, path)
+
+
+def load_checkpoint(run: Path, name: str, flag: str) -> dict:
+    try:
+        return torch.load(run / name, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        check(False, f"{flag} {run}: cannot load its {name} ({reason}); name a run's folder")
+
+
+def parse_args() -> Args:
+    """The command line; for a run that exists, on top of the arguments it was started with."""
+    args = tyro.cli(Args, description=__doc__)
+    run, flag = (args.resume, "--resume") if args.resume else (args.evaluate, "--evaluate")
+    if run is None:
+        return args
+    name, free = (
+        ("last.pt", {"total_timesteps"}) if args.resume else ("best.pt", {"final_episodes"})
+    )
+    saved = Args(**load_checkpoint(run, name, flag)["args"])
+    args = tyro.cli(Args, default=saved, description=__doc__)
+    for field in fields(Args):
+        old, new = getattr(saved, field.name), getattr(args, field.name)
+        check(
+            old == new or field.name in free | {"device", "resume", "evaluate"},
+            f"--{field.name.replace('_', '-')} {new}: {run} was started with {old}; leave it out",
+        )
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    check_args(args)
+    device = args.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    precision = args.precision
+    if precision == "auto":
+        has_bf16 = device == "cuda" or torch.cpu._is_avx512_bf16_supported()
+        precision = "bf16" if has_bf16 else "fp32"
+    task = TASKS[args.task]
+    clip = None
+    if args.reward == "clip":
+        goal, baseline = args.goal or task.goal, args.baseline or task.baseline
+        try:
+            clip = CLIPReward(
+                args.clip_model, [goal], baseline, args.alpha,
+                precision=precision, compile=args.compile,
+            )  # fmt: skip
+        except ValueError as error:
+            check(False, str(error))
+    probe = multiprocessing.get_context("fork").Process(target=draw_one_frame)
+    probe.start()
+    probe.join()
+    check(
+        probe.exitcode == 0,
+        f"MUJOCO_GL={os.environ.get('MUJOCO_GL')}: cannot render here. On Debian or Ubuntu: "
+        "apt-get install libegl1 libgl1, or apt-get install libosmesa6 and set MUJOCO_GL=osmesa",
+    )
+
+    # The workers are forked before this process touches CUDA, and never touch it themselves.
+    envs = make_envs(args, args.num_envs, args.frame_size if clip is not None else 0)
+    video_envs = make_envs(args, 1, 320) if args.capture_video or args.evaluate else None
+    if clip is not None:
+        clip.to(device)
+    obs_dim = envs.single_observation_space["state"].shape[0]
+    act_dim = envs.single_action_space.shape[0]
+
+    torch.manual_seed(args.seed)
+    normaliser = Normaliser(obs_dim).to(device)
+    actor = Actor(obs_dim, act_dim, args.hidden).to(device)
+    critic, target = (TwinQ(obs_dim, act_dim, args.hidden).to(device) for _ in range(2))
+    target.load_state_dict(critic.state_dict())
+    target.requires_grad_(False)
+    log_ent_coef = torch.tensor(math.log(args.ent_coef or 1.0), device=device, requires_grad=True)
+    target_entropy = -float(act_dim)
+    adam = {"lr": args.learning_rate, "fused": True}
+    critic_optimizer = torch.optim.Adam(critic.parameters(), **adam)
+    actor_optimizer = torch.optim.Adam(actor.parameters(), **adam)
+    ent_coef_optimizer = torch.optim.Adam([log_ent_coef], **adam)
+    generator = torch.Generator(device).manual_seed(args.seed)
+    learned = {
+        "normaliser": normaliser, "actor": actor, "critic": critic, "target": target,
+        "critic_optimizer": critic_optimizer, "actor_optimizer": actor_optimizer,
+        "ent_coef_optimizer": ent_coef_optimizer,
+    }  # fmt: skip
+
+    @torch.no_grad()
+    def policy(state: np.ndarray) -> np.ndarray:
+        """The deterministic action."""
+        s = normaliser(torch.from_numpy(state).to(device))
+        return torch.tanh(actor(s)[0]).cpu().numpy()
+
+    def final_report(run: Path) -> None:
+        """The best and the last agent, beside a random and a motionless one, on unseen seeds."""
+        rng = np.random.default_rng(args.seed)
+        policies = {
+            "random": lambda state: rng.uniform(-1, 1, (len(state), act_dim)).astype(np.float32),
+            "zero": lambda state: np.zeros((len(state), act_dim), np.float32),
+            "last": policy,
+            "best": policy,
+        }
+        report = {}
+        for name, act in policies.items():
+            if act is policy:
+                state = load_checkpoint(run, f"{name}.pt", "--evaluate")
+                actor.load_state_dict(state["actor"])
+                normaliser.load_state_dict(state["normaliser"])
+            report[name], _ = evaluate(envs, act, clip, args.final_episodes, (args.seed, 2), args)
+            print(f"{name:>6}:", ", ".join(f"{k} {v:.3f}" for k, v in report[name].items()))
+        (run / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+        if video_envs is not None:
+            video = run / "videos" / "best.mp4"
+            _, film = evaluate(video_envs, policy, None, 1, (args.seed, 2), args)
+            write_video(film, video, None, 0)
+            print(f"video: {video}")
+
+    if args.evaluate is not None:
+        final_report(args.evaluate)
+        envs.close()
+        return
+
+    run = (
+        args.resume
+        or Path("runs") / f"HumanoidCLIP-v0__{args.exp_name}__{args.seed}__{int(time.time())}"
+    )
+    (run / "videos").mkdir(parents=True, exist_ok=True)
+    (run / "replay").mkdir(exist_ok=True)
+    replay = Replay(args.buffer_size, args.num_envs, obs_dim, act_dim, device)
+    step, saved_row, best_return = 0, 0, -math.inf
+    episode = np.zeros(args.num_envs, np.int64)  # how often each environment was reset
+    if args.resume is not None:
+        state = load_checkpoint(run, "last.pt", "--resume")
+        for name, part in learned.items():
+            part.load_state_dict(state[name])
+        log_ent_coef.data.copy_(state["log_ent_coef"])
+        if state["device"] == device:  # else the noise starts anew
+            generator.set_state(state["generator"])
+        step, saved_row, best_return = state["step"], state["replay_rows"], state["best_return"]
+        episode[:] = state["episode"]
+        replay.load(run / "replay", saved_row)
+    if args.track:
+        import wandb
+
+        wandb.init(
+            project=args.wandb_project_name, entity=args.wandb_entity, name=run.name,
+            config=asdict(args), sync_tensorboard=True, save_code=True,
+        )  # fmt: skip
+    writer = SummaryWriter(run, purge_step=step if args.resume else None)
+    arguments = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(args).items()}
+    rows = "\n".join(f"|{key}|{value}|" for key, value in arguments.items())
+    writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}", step)
+    (run / "args.json").write_text(json.dumps(arguments, indent=2) + "\n")
+
+    def save_checkpoint(name: str) -> None:
+        state = {key: part.state_dict() for key, part in learned.items()}
+        state |= {
+            "args": {**arguments, "resume": None, "evaluate": None},
+            "log_ent_coef": log_ent_coef.detach(),
+            "device": device,
+            "generator": generator.get_state(),
+            "step": step,
+            "episode": episode.tolist(),
+            "replay_rows": saved_row,
+            "best_return": best_return,
+        }
+        atomic_save(state, run / name)
+
+    def stop_if_nan(stage: str, values: Iterable[torch.Tensor]) -> None:
+        if not all(value.isfinite().all() for value in values):
+            envs.close(terminate=True)
+            print(
+                f"step {step}: {stage} is not finite; {run}/last.pt is from before it. "
+                "Try a lower --learning-rate or --precision fp32",
+                file=sys.stderr,
+            )
+            raise SystemExit(1)
+
+    def reset(ended: np.ndarray) -> dict[str, np.ndarray]:
+        """Start the next episode of the environments that ended, seeded by its number."""
+        seeds = [reset_seed(args.seed, 0, i, int(n)) for i, n in enumerate(episode)]
+        episode[ended] += 1
+        with worker_failures(envs, f"step {step}: reset"):
+            envs.reset_async(seed=seeds, options={"reset_mask": ended})
+            return envs.reset_wait(timeout=args.worker_timeout)[0]
+
+    def lap(stage: str) -> None:
+        nonlocal clock
+        seconds[stage] += time.time() - clock
+        clock = time.time()
+
+    observation = reset(np.ones(args.num_envs, bool))
+    pending = []  # steps whose frames wait for CLIP
+    clip_return, env_return, length = np.zeros((3, args.num_envs))  # of the running episodes
+    losses, episodes = {}, defaultdict(list)  # since the last log
+    seconds = dict.fromkeys(("act", "update", "env", "clip", "evaluate"), 0.0)
+    started = clock = time.time()
+    first_step = step
+    bar = tqdm(total=args.total_timesteps, initial=step, unit="step", mininterval=1)
+    while step < args.total_timesteps:
+        # ---- Act
+        s = torch.from_numpy(observation["state"]).to(device)  # [N, O]
+        with torch.no_grad():
+            if step < args.learning_starts:
+                a = torch.rand((args.num_envs, act_dim), generator=generator, device=device) * 2 - 1
+            else:
+                a, _ = actor.sample(normaliser(s), generator)  # [N, A]
+        with worker_failures(envs, f"step {step}"):
+            envs.step_async(ACTION_SCALE * a.cpu().numpy())
+        lap("act")
+
+        # ---- Update, while the workers step and render
+        due = math.floor((step + args.num_envs) * args.updates_per_step)
+        due -= math.floor(step * args.updates_per_step)
+        if step < max(args.learning_starts, args.num_envs * args.score_every):
+            due = 0
+        for _ in range(due):
+            s_t, a_t, r_t, s_next, terminated_t = replay.sample(args.batch_size, generator)
+            s_t, s_next = normaliser(s_t), normaliser(s_next)
+            ent_coef = log_ent_coef.detach().exp()
+            with torch.no_grad():
+                a_next, log_pi_next = actor.sample(s_next, generator)
+                v_next = target(s_next, a_next).amin(0) - ent_coef * log_pi_next  # [B]
+                y = args.reward_scale * r_t + args.gamma * (1 - terminated_t) * v_next
+            q = critic(s_t, a_t)  # [2, B]
+            qf_loss = F.mse_loss(q, y.expand_as(q)) * 2  # the sum over both critics
+            critic_optimizer.zero_grad()
+            qf_loss.backward()
+            critic_optimizer.step()
+
+            a_pi, log_pi = actor.sample(s_t, generator)
+            actor_loss = (ent_coef * log_pi - critic(s_t, a_pi).amin(0)).mean()
+            actor_optimizer.zero_grad()
+            actor_loss.backward(inputs=list(actor.parameters()))
+            actor_optimizer.step()
+
+            if args.ent_coef is None:
+                ent_coef_loss = -(log_ent_coef.exp() * (log_pi.detach() + target_entropy)).mean()
+                ent_coef_optimizer.zero_grad()
+                ent_coef_loss.backward()
+                ent_coef_optimizer.step()
+
+            torch._foreach_lerp_(list(target.parameters()), list(critic.parameters()), args.tau)
+        if due:
+            losses = {
+                "qf_loss": qf_loss, "qf_values": q.mean(), "actor_loss": actor_loss,
+                "entropy": -log_pi.mean(), "ent_coef": ent_coef,
+            }  # fmt: skip
+        lap("update")
+
+        # ---- Step
+        with worker_failures(envs, f"step {step}"):
+            next_observation, reward, terminated, truncated, info = envs.step_wait(
+                timeout=args.worker_timeout
+            )
+        lap("env")
+        step += args.num_envs
+        last = step >= args.total_timesteps
+        evaluates = last or step % args.eval_every < args.num_envs
+        saves = last or step % args.checkpoint_every < args.num_envs
+        done = terminated | truncated
+        ended = done | evaluates | saves  # running episodes are cut short there
+        length += 1
+        env_return += reward
+        pending.append((s, a, reward, terminated, next_observation, done, ended))
+
+        for i in np.flatnonzero(done):
+            episodes["charts/episodic_return"].append(env_return[i])
+            episodes["charts/episodic_length"].append(length[i])
+        env_return[ended] = length[ended] = 0
+
+        # ---- Score the frames of several steps in one batch, and store
+        if len(pending) == args.score_every or evaluates or saves:
+            if clip is not None:
+                frames = np.stack([p[4]["frame"] for p in pending])  # [T, N, H, W, 3]
+                scores = clip(frames.reshape(-1, *frames.shape[2:])).view(frames.shape[:2])
+                stop_if_nan("the CLIP reward", [scores])
+            for t, (s, a, r, terminated, s_next, done, ended) in enumerate(pending):
+                if clip is not None:
+                    r = scores[t]
+                    clip_return += r.cpu().numpy()
+                    episodes["charts/clip_return"] += clip_return[done].tolist()
+                    clip_return[ended] = 0
+                r, terminated, s_next, stops = (
+                    torch.as_tensor(x, device=device)
+                    for x in (r, terminated, s_next["state"], ended)
+                )
+                replay.add(s, a, r.float(), terminated, s_next, stops)
+                normaliser.update(s_next)
+            pending.clear()
+            lap("clip")
+
+        # ---- Evaluate, save, reset, log
+        if evaluates or saves:
+            stop_if_nan("the policy", [*losses.values(), *actor.parameters()])
+        if evaluates:
+            summary, _ = evaluate(envs, policy, clip, args.eval_episodes, (args.seed, 1), args)
+            if video_envs is not None:
+                _, film = evaluate(video_envs, policy, None, 1, (args.seed, 1), args)
+                write_video(film, run / "videos" / f"{step}.mp4", writer, step)
+            for name, value in summary.items():
+                writer.add_scalar(f"eval/{name}", value, step)
+            bar.set_postfix({name: f"{value:.4g}" for name, value in summary.items()})
+            selected = summary["clip_return" if clip is not None else "episodic_return"]
+            if selected > best_return:
+                best_return = selected
+                save_checkpoint("best.pt")
+            lap("evaluate")
+        if saves:
+            head = replay.align()
+            replay.save(run / "replay", saved_row, head)
+            saved_row = head
+            save_checkpoint("last.pt")
+        observation = reset(ended) if ended.any() else next_observation
+        bar.update(args.num_envs)
+        if step // args.num_envs % 100 == 0:
+            stop_if_nan("a loss", losses.values())
+            scalars = {f"losses/{name}": value.item() for name, value in losses.items()}
+            scalars |= {name: np.mean(values) for name, values in episodes.items() if values}
+            scalars |= {f"time/{k}": value / (step - first_step) for k, value in seconds.items()}
+            scalars["charts/SPS"] = (step - first_step) / (time.time() - started)
+            for name, value in scalars.items():
+                writer.add_scalar(name, value, step)
+            episodes.clear()
+    bar.close()
+    writer.close()
+    final_report(run)
+    print(f"run: {run} ({(time.time() - started) / 60:.1f} minutes)")
+    envs.close()
+    if video_envs is not None:
+        video_envs.close()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit("stopped; --resume continues from the last checkpoint") from None

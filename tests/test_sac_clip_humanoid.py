@@ -1,0 +1,513 @@
+"""The humanoid, its predicates, the parts of SAC against slow references, and whole runs."""
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+from sac_clip_humanoid import (  # first: it puts torch before the first GL context
+    TASKS,
+    Actor,
+    HumanoidEnv,
+    Normaliser,
+    Replay,
+    TwinQ,
+    main,
+)
+
+import gymnasium as gym
+import mujoco
+import numpy as np
+import torch
+from gymnasium.utils.env_checker import check_env
+
+# ---- Environment --------------------------------------------------------------------------------
+
+# Joint angles in degrees, right side; the left shoulders mirror the sign. "right:" is one side.
+LOTUS = {"hip_x": -25, "hip_z": -55, "hip_y": -62, "knee": -160}
+SPLITS = {"hip_x": -25, "hip_z": -60, "hip_y": -80, "knee": -2}
+RAISED = {"shoulder1": -80, "shoulder2": 0, "elbow": -80}
+HIPS = {"shoulder1": 50, "shoulder2": -80, "elbow": 0}
+CROSSED = {"shoulder1": 50, "shoulder2": 50, "elbow": -80}
+ONE_LEG = {"right:hip_y": -60, "right:knee": -90, "left:hip_y": -3}
+
+
+def pose(env: HumanoidEnv, joints: dict, pitch: float = 0, roll: float = 0, lift: float = 0):
+    """Put the joints (degrees) and the lean of the pelvis, and lower the body to the floor."""
+    qpos = env.init_qpos.copy()
+    mujoco.mju_euler2Quat(qpos[3:7], np.deg2rad([roll, pitch, 0]), "XYZ")
+    for name, degrees in joints.items():
+        side, _, joint = name.rpartition(":")
+        for s in [side] if side else ["right", "left"]:
+            sign = -1 if s == "left" and "shoulder" in joint else 1
+            qpos[env.model.joint(f"{s}_{joint}").qposadr[0]] = sign * np.deg2rad(degrees)
+    env.set_state(qpos, np.zeros(env.model.nv))
+    model, data = env.model, env.data
+    tilt = np.abs(data.geom_xmat[1:, 8]) * (model.geom_type[1:] == mujoco.mjtGeom.mjGEOM_CAPSULE)
+    lowest = data.geom_xpos[1:, 2] - model.geom_size[1:, 0] - tilt * model.geom_size[1:, 1]
+    qpos[2] += lift - lowest.min()
+    env.set_state(qpos, np.zeros(env.model.nv))
+
+
+def true_tasks(env: HumanoidEnv) -> set[str]:
+    return {name for name, task in TASKS.items() if task.in_goal_state(env.pose())}
+
+
+@pytest.fixture(scope="module")
+def env():
+    env = HumanoidEnv(render_mode="rgb_array")
+    env.reset(seed=0)
+    yield env
+    env.close()
+
+
+@pytest.mark.filterwarnings("ignore:.*A Box observation space")
+def test_gymnasium_accepts_the_environment():
+    env = gym.make("HumanoidCLIP-v0", render_mode="rgb_array")
+    check_env(env.unwrapped)
+    env.close()
+
+
+def test_episodes_are_seeded_and_end_in_truncation_alone():
+    streams = []
+    for _ in range(2):
+        env = gym.make("HumanoidCLIP-v0")
+        env.reset(seed=3)
+        env.action_space.seed(3)
+        steps = [env.step(env.action_space.sample()) for _ in range(100)]
+        assert [s[3] for s in steps] == [False] * 99 + [True]
+        assert not any(s[2] for s in steps)
+        streams.append(np.stack([s[0] for s in steps]))
+    np.testing.assert_array_equal(*streams)
+    assert streams[0][-1, 0] < 1.0  # it fell, and the episode went on
+
+
+def test_a_fall_ends_the_episode_when_asked():
+    env = gym.make("HumanoidCLIP-v0", terminate_when_unhealthy=True)
+    env.reset(seed=3)
+    env.action_space.seed(3)
+    assert any(env.step(env.action_space.sample())[2] for _ in range(100))
+
+
+def test_frame_follows_the_state_and_the_look_its_flags(env):
+    pose(env, {})
+    stands = env.render()
+    assert stands.shape == (96, 96, 3) and stands.dtype == np.uint8
+    pose(env, {}, lift=0.4)
+    assert (env.render() != stands).any()
+    for flags in ({"textured": False}, {"camera": "track"}):
+        other = HumanoidEnv(render_mode="rgb_array", **flags)
+        other.reset(seed=0)
+        pose(other, {})
+        assert np.abs(other.render().astype(int) - stands).mean() > 5, flags
+        other.close()
+
+
+@pytest.mark.parametrize(
+    ("joints", "lean", "expected"),
+    [
+        ({}, {}, {"standing"}),
+        ({"knee": -95}, {}, {"kneeling"}),
+        (LOTUS, {"pitch": 28}, {"lotus"}),
+        (SPLITS, {"pitch": 17}, {"splits"}),
+        (RAISED, {}, {"standing", "arms_raised"}),
+        (HIPS, {}, {"standing", "hands_on_hips"}),
+        (CROSSED, {}, {"standing", "arms_crossed"}),
+        (ONE_LEG, {"roll": -7, "pitch": -5}, {"one_leg"}),
+    ],
+    ids=["standing", "kneeling", "lotus", "splits", "raised", "hips", "crossed", "one leg"],
+)
+def test_each_pose_is_the_goal_state_of_its_tasks_alone(env, joints, lean, expected):
+    pose(env, joints, **lean)
+    assert true_tasks(env) == expected
+    pose(env, joints, **lean, lift=0.01)  # a little clearance is still a touch
+    assert true_tasks(env) == expected
+    pose(env, joints, **lean, lift=0.25)
+    assert true_tasks(env) == set()
+
+
+@pytest.mark.parametrize(
+    ("task", "joints", "lean"),
+    [
+        ("standing", {"hip_y": -80, "knee": -120}, {"pitch": 10}),  # squats
+        ("standing", {}, {"pitch": 25}),  # tips over
+        ("kneeling", {"right:hip_y": -90, "right:knee": -90, "left:knee": -95}, {}),  # one knee
+        ("kneeling", {"knee": -95}, {"pitch": 60}),  # falls forwards
+        ("kneeling", LOTUS, {"pitch": 28}),
+        ("arms_raised", {f"right:{k}": v for k, v in RAISED.items()}, {}),  # one hand is low
+        ("arms_raised", RAISED | {"knee": -95}, {}),  # kneels
+        ("hands_on_hips", {f"left:{k}": v for k, v in HIPS.items()}, {}),  # one hand
+        ("hands_on_hips", {"shoulder1": 40, "shoulder2": -20, "elbow": 40}, {}),  # on the chest
+        ("arms_crossed", CROSSED | {"shoulder2": 12, "elbow": -55}, {}),  # hands only touch
+        ("splits", {"hip_y": -90, "knee": -2}, {}),  # sits, legs to the front
+        ("splits", SPLITS | {"knee": -60}, {"pitch": 17}),  # bent knees
+        ("lotus", {"hip_y": -50, "knee": -150}, {"pitch": 10}),  # sits on its heels
+        ("one_leg", {}, {}),
+    ],
+)
+def test_near_misses_are_no_goal_states(env, task, joints, lean):
+    pose(env, joints, **lean)
+    assert task not in true_tasks(env)
+
+
+def test_predicates_do_not_depend_on_place_and_heading(env):
+    for joints, lean in (({"knee": -95}, 0), (LOTUS, 28), (SPLITS, 17)):
+        pose(env, joints, pitch=lean)
+        expected, qpos = true_tasks(env), env.data.qpos.copy()
+        turn, turned = np.zeros(4), qpos.copy()
+        mujoco.mju_axisAngle2Quat(turn, np.array([0, 0, 1.0]), 2.0)
+        mujoco.mju_mulQuat(turned[3:7], turn, qpos[3:7])
+        turned[:2] = 3, -2
+        env.set_state(turned, np.zeros(env.model.nv))
+        assert true_tasks(env) == expected != set()
+
+
+# ---- Parts of SAC -------------------------------------------------------------------------------
+
+
+def test_log_density_equals_the_transformed_distribution():
+    torch.manual_seed(0)
+    actor = Actor(5, 3, 16).double()
+    s = 3 * torch.randn(64, 5, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(1)
+    torch.set_default_dtype(torch.float64)
+    try:
+        a, log_pi = actor.sample(s, generator)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    mean, log_std = actor(s)
+    normal = torch.distributions.Normal(mean, log_std.exp())
+    squashed = torch.distributions.TransformedDistribution(
+        normal, torch.distributions.TanhTransform()
+    )
+    inside = a.abs().amax(1) < 0.999  # beyond, atanh in the reference loses its digits
+    assert inside.sum() > 10
+    torch.testing.assert_close(
+        log_pi[inside], squashed.log_prob(a).sum(-1)[inside], atol=1e-6, rtol=1e-6
+    )
+
+
+def test_log_density_is_finite_where_tanh_saturates():
+    actor = Actor(5, 3, 16)
+    torch.nn.init.constant_(actor.head.bias[:3], 40.0)
+    a, log_pi = actor.sample(torch.zeros(8, 5), torch.Generator().manual_seed(0))
+    assert (a == 1).all() and torch.isfinite(log_pi).all()
+
+
+def test_twin_q_equals_two_separate_networks():
+    torch.manual_seed(0)
+    critic = TwinQ(4, 2, 8)
+    s, a = torch.randn(6, 4), torch.randn(6, 2)
+    q = critic(s, a)
+    for k in range(2):
+        x = torch.cat([s, a], 1)
+        for i, (weight, bias) in enumerate(zip(critic.weights, critic.biases, strict=True)):
+            x = torch.relu(x) if i else x
+            x = torch.nn.functional.linear(x, weight[k].T, bias[k, 0])
+        torch.testing.assert_close(q[k], x[:, 0])
+    assert not torch.allclose(q[0], q[1])
+
+
+def test_normaliser_equals_numpy():
+    x = np.random.default_rng(0).normal(5, 3, (1000, 4)).astype(np.float32)
+    normaliser = Normaliser(4)
+    for part in np.split(x, [16, 17, 500]):
+        normaliser.update(torch.from_numpy(part))
+    np.testing.assert_allclose(normaliser.mean, x.mean(0), rtol=1e-4)
+    np.testing.assert_allclose(normaliser.var, x.var(0), rtol=1e-4)
+    y = normaliser(torch.from_numpy(x)).numpy()
+    np.testing.assert_allclose(y, (x - x.mean(0)) / x.std(0), atol=1e-3)
+
+
+def fill(replay: Replay, steps: int, seed: int = 0) -> list[tuple]:
+    """Random episodes; returns every transition as plain numbers, in order."""
+    rng = np.random.default_rng(seed)
+    n, transitions = replay.num_envs, []
+    observation = rng.normal(size=(n, 2)).astype(np.float32)
+    for step in range(steps):
+        action = rng.normal(size=(n, 1)).astype(np.float32)
+        reward = rng.normal(size=n).astype(np.float32)
+        terminated, truncated = rng.random(n) < 0.1, rng.random(n) < 0.1
+        ended = terminated | truncated | (step == steps - 1)  # as at a checkpoint
+        following = rng.normal(size=(n, 2)).astype(np.float32)
+        parts = (observation, action, reward, terminated, following, ended)
+        replay.add(*map(torch.from_numpy, parts))
+        for i in range(n):
+            transitions.append(
+                (*observation[i], *action[i], reward[i], *following[i], float(terminated[i]))
+            )
+        restart = rng.normal(size=(n, 2)).astype(np.float32)
+        observation = np.where(ended[:, None], restart, following)
+    return transitions
+
+
+def sampled(replay: Replay, count: int) -> np.ndarray:
+    s, a, r, s_next, terminated = replay.sample(count, torch.Generator().manual_seed(0))
+    return torch.cat([s, a, r[:, None], s_next, terminated[:, None]], 1).numpy()
+
+
+def test_replay_samples_every_stored_transition_equally_and_no_other():
+    replay = Replay(400, 4, 2, 1, "cpu")
+    transitions = fill(replay, 60)
+    draws, counts = np.unique(sampled(replay, 100_000), axis=0, return_counts=True)
+    assert {tuple(d) for d in draws} == {tuple(np.float32(t)) for t in transitions}
+    assert counts.min() > 0.6 * counts.mean() and counts.max() < 1.4 * counts.mean()
+
+
+def test_replay_wraps_and_keeps_the_latest():
+    replay = Replay(120, 4, 2, 1, "cpu")
+    transitions = fill(replay, 200)
+    known = {tuple(np.float32(t)): i for i, t in enumerate(transitions)}
+    ages = [200 - known[tuple(d)] // 4 for d in sampled(replay, 5_000)]
+    assert 20 <= max(ages) <= 30 and min(ages) == 1
+
+
+def test_replay_comes_back_from_its_files(tmp_path):
+    replay, saved = Replay(200, 4, 2, 1, "cpu"), 0
+    for part in range(5):
+        fill(replay, 18, seed=part)
+        head = replay.align()
+        replay.save(tmp_path, saved, head)
+        saved = head
+    restored = Replay(200, 4, 2, 1, "cpu")
+    restored.load(tmp_path, saved)
+    np.testing.assert_array_equal(sampled(restored, 2000), sampled(replay, 2000))
+    assert len(list(tmp_path.iterdir())) < 5  # what the ring has overwritten is gone
+
+
+# ---- Whole runs ---------------------------------------------------------------------------------
+
+SMALL = [
+    "--total-timesteps", "1600", "--num-envs", "4", "--learning-starts", "200",
+    "--eval-every", "800", "--checkpoint-every", "800", "--eval-episodes", "4",
+    "--final-episodes", "4", "--hidden", "32", "--batch-size", "64", "--device", "cpu",
+]  # fmt: skip
+
+
+def command(*flags: str) -> list[str]:
+    return [sys.executable, str(ROOT / "sac_clip_humanoid.py"), *map(str, flags)]
+
+
+def train(folder: Path, *flags: str) -> subprocess.CompletedProcess:
+    return subprocess.run(command(*flags), cwd=folder, capture_output=True, text=True, timeout=600)
+
+
+def only_run(folder: Path) -> Path:
+    (run,) = (folder / "runs").iterdir()
+    return run
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, random_clip):
+    """A short run to its end, uninterrupted."""
+    folder = tmp_path_factory.mktemp("finished")
+    result = train(folder, *SMALL, "--clip-model", random_clip)
+    assert result.returncode == 0, result.stderr
+    return only_run(folder), result
+
+
+def networks(run: Path, name: str = "last.pt") -> dict[str, torch.Tensor]:
+    state = torch.load(run / name, weights_only=True)
+    return {f"{k}.{n}": v for k in ("actor", "critic", "target") for n, v in state[k].items()}
+
+
+def scalars(run: Path) -> dict[str, list]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run))
+    events.Reload()
+    return {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
+
+
+def test_a_run_leaves_everything_it_promises(finished):
+    run, result = finished
+    for name in ("last.pt", "best.pt", "args.json", "report.json", "videos/800.mp4"):
+        assert (run / name).stat().st_size > 100, name
+    report = json.loads((run / "report.json").read_text())
+    assert set(report) == {"random", "zero", "last", "best"}
+    assert all(0 <= r["success_rate"] <= 1 for r in report.values())
+    assert "video:" in result.stdout and "best:" in result.stdout
+    logged = scalars(run)
+    for tag in (
+        "charts/episodic_return", "charts/episodic_length", "charts/clip_return", "charts/SPS",
+        "losses/qf_loss", "losses/actor_loss", "losses/ent_coef", "eval/success_rate",
+        "eval/clip_return", "time/env", "time/clip", "time/update",
+    ):  # fmt: skip
+        assert all(math.isfinite(e.value) for e in logged[tag]), tag
+    assert [e.step for e in logged["eval/clip_return"]] == [800, 1600]
+    assert all(e.value == 100 for e in logged["charts/episodic_length"])
+
+
+def test_training_moves_every_parameter(finished):
+    run, _ = finished
+    start, end = networks(run, "best.pt"), networks(run)
+    if torch.load(run / "best.pt", weights_only=True)["step"] == 1600:
+        start = {k: torch.zeros_like(v) for k, v in end.items()}
+    for name, value in end.items():
+        assert not torch.equal(start[name], value), name
+
+
+def test_killed_and_resumed_equals_uninterrupted(finished, tmp_path, random_clip):
+    flags = [*SMALL, "--clip-model", random_clip]
+    process = subprocess.Popen(
+        command(*flags), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.time() + 300
+    while not list(tmp_path.glob("runs/*/last.pt")):
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.05)
+    time.sleep(1)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    run = only_run(tmp_path)
+    assert torch.load(run / "last.pt", weights_only=True)["step"] == 800
+    result = train(tmp_path, "--resume", run)
+    assert result.returncode == 0, result.stderr
+    expected, resumed = networks(finished[0]), networks(run)
+    for name, value in expected.items():
+        assert torch.equal(value, resumed[name]), name
+    left = subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True, text=True).stdout
+    assert left == ""
+
+
+class HighArms(torch.nn.Module):
+    """In CLIP's place a reward that is easy to learn: how high up the arms' colours appear."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__()
+
+    def forward(self, frames: np.ndarray) -> torch.Tensor:
+        red, green, blue = torch.from_numpy(frames).float().unbind(-1)  # [B, H, W] each
+        arms = ((red > 1.5 * green) & (red > 2 * blue) & (red > 60)).float()
+        height = 1 - torch.linspace(0, 1, frames.shape[1])[:, None]
+        return ((arms * height).sum((1, 2)) / arms.sum((1, 2)).clamp(min=1))[:, None]
+
+
+def test_an_easy_reward_is_learned(tmp_path, monkeypatch):
+    flags = {
+        "--total-timesteps": 6400, "--num-envs": 8, "--learning-starts": 800, "--hidden": 64,
+        "--batch-size": 128, "--updates-per-step": 0.5, "--eval-every": 3200,
+        "--eval-episodes": 8, "--final-episodes": 8, "--device": "cpu",
+    }  # fmt: skip
+    arguments = [str(word) for flag in flags.items() for word in flag]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["sac_clip_humanoid.py", *arguments, "--no-capture-video"])
+    monkeypatch.setattr("sac_clip_humanoid.CLIPReward", HighArms)
+    main()
+    report = json.loads((only_run(tmp_path) / "report.json").read_text())
+    others = max(report["random"]["clip_return"], report["zero"]["clip_return"])
+    assert report["last"]["clip_return"] > others + 3  # 8 or so; the two others lie 2 apart
+
+
+def test_an_agent_can_be_replayed(finished):
+    run, _ = finished
+    before = json.loads((run / "report.json").read_text())
+    result = train(run.parents[1], "--evaluate", run, "--final-episodes", "4")
+    assert result.returncode == 0, result.stderr
+    assert json.loads((run / "report.json").read_text()) == before  # same seeds, same episodes
+
+
+def children(pid: int) -> list[int]:
+    listing = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    return [int(child) for child in listing.split()]
+
+
+def test_a_dead_worker_ends_the_run_in_one_line(tmp_path, random_clip):
+    flags = [*SMALL, "--clip-model", random_clip, "--total-timesteps", "100000"]
+    process = subprocess.Popen(
+        command(*flags), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    while not list(tmp_path.glob("runs/*/last.pt")):
+        assert process.poll() is None
+        time.sleep(0.1)
+    workers = children(process.pid)
+    os.kill(workers[1], signal.SIGKILL)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "worker [1] of 4 died" in errors and "--num-envs" in errors
+    assert "Traceback" not in errors
+    time.sleep(1)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+    assert networks(only_run(tmp_path))
+
+
+def test_nan_stops_the_run_and_leaves_the_last_checkpoint(tmp_path, random_clip):
+    flags = [*SMALL, "--clip-model", random_clip, "--learning-starts", "1000"]
+    result = train(tmp_path, *flags, "--learning-rate", "1e30")
+    assert result.returncode == 1
+    assert re.search(r"step \d+: .* is not finite", result.stderr)
+    assert "Traceback" not in result.stderr
+    assert all(torch.isfinite(v).all() for v in networks(only_run(tmp_path)).values())
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--alpha", "1.5"], ["--alpha 1.5", "between 0 and 1"]),
+        (["--goal", " "], ["--goal", "sentence"]),
+        (["--task", "waving"], ["--task waving", "kneeling"]),
+        (["--clip-model", "no/such"], ["--clip-model no/such"]),
+        (["--num-envs", "0"], ["--num-envs 0"]),
+        (["--batch-size", "-1"], ["--batch-size -1"]),
+        (["--total-timesteps", "0"], ["--total-timesteps 0"]),
+        (["--batch-size", "9000", "--buffer-size", "8000"], ["--batch-size 9000", "8000"]),
+        (["--resume", "nowhere"], ["--resume nowhere"]),
+        (["--evaluate", "nowhere"], ["--evaluate nowhere"]),
+        (["--baseline", "a humanoid robot kneeling", "--alpha", "0.5"], ["--goal", "--alpha 0"]),
+    ],
+)
+def test_bad_input_is_one_line(tmp_path, random_clip, flags, words, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        sys, "argv", ["sac_clip_humanoid.py", "--clip-model", str(random_clip), *flags]
+    )
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    errors = capsys.readouterr().err
+    assert exit_.value.code == 2
+    assert errors.count("\n") == 1 and all(word in errors for word in words), errors
+    assert not (tmp_path / "runs").exists()
+
+
+def test_cuda_asked_for_and_absent(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["sac_clip_humanoid.py", "--device", "cuda"])
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    errors = capsys.readouterr().err
+    assert exit_.value.code == 2 and errors.startswith("--device cuda")
+    assert errors.count("\n") == 1 and not (tmp_path / "runs").exists()
+
+
+def test_no_gl_library_names_the_packages(tmp_path):
+    result = subprocess.run(
+        command(), cwd=tmp_path, capture_output=True, text=True,
+        env={**os.environ, "MUJOCO_GL": "osmesa", "PYOPENGL_PLATFORM": "osmesa",
+             "LD_LIBRARY_PATH": str(tmp_path)},
+    )  # fmt: skip
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert "libegl1" in result.stderr and "MUJOCO_GL=osmesa" in result.stderr
+
+
+def test_a_resumed_run_keeps_its_arguments(finished):
+    run, _ = finished
+    result = train(run.parents[1], "--resume", run, "--gamma", "0.9")
+    assert result.returncode == 2
+    assert "--gamma 0.9" in result.stderr and "0.95" in result.stderr
+
+
+def test_a_damaged_checkpoint_is_named(finished, tmp_path):
+    (tmp_path / "last.pt").write_bytes(b"broken")
+    result = train(tmp_path, "--resume", tmp_path)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert f"--resume {tmp_path}" in result.stderr
