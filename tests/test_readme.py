@@ -1,0 +1,102 @@
+"""README's commands: each is run, shortened by flags; what needs a hub or a GPU is only parsed."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+import sac_clip_humanoid
+
+import numpy as np
+import tyro
+
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
+COMMANDS = [
+    line.split("&&")[-1].strip()
+    for language, block in BLOCKS
+    if language == "bash"
+    for line in block.strip().splitlines()
+]
+TABLE = re.findall(r"`(python sac_clip_humanoid\.py --clip-model [^`]+)`", README)
+SHORT = [
+    "--total-timesteps", "400", "--num-envs", "2", "--learning-starts", "100",
+    "--eval-episodes", "2", "--final-episodes", "2", "--hidden", "32", "--batch-size", "32",
+]  # fmt: skip
+
+
+def run(command: str, folder: Path, *flags: str) -> subprocess.CompletedProcess:
+    program, *arguments = shlex.split(command)
+    assert program == "python"
+    result = subprocess.run(
+        [sys.executable, *arguments, *flags],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert result.returncode == 0, result.stderr
+    return result
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A place to run in that has what the commands name: the scripts and tests/."""
+    folder = tmp_path_factory.mktemp("readme")
+    for name in ("sac_clip_humanoid.py", "clip_reward.py", "tests"):
+        (folder / name).symlink_to(ROOT / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def first_run(folder):
+    run("python sac_clip_humanoid.py", folder, *SHORT)
+    (path,) = (folder / "runs").iterdir()
+    return path
+
+
+def test_install_and_first_command(first_run):
+    assert "pip install -r requirements.txt && python sac_clip_humanoid.py" in README
+    assert (first_run / "videos" / "best.mp4").exists()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command(command, folder, first_run):
+    command = command.replace("runs/NAME", str(first_run))
+    if command.startswith("tensorboard"):
+        assert first_run.parent.name == command.split()[-1] and list(first_run.glob("events*"))
+    elif command.startswith("python -m pytest"):
+        assert "tests/test_readme.py" in run(command, ROOT, "--collect-only").stdout
+    elif "clip_accuracy" in command:
+        run(command, folder, "--states", "1000", "--output", str(folder / "accuracy.json"))
+    elif "--resume" in command:
+        run(command, folder)
+    elif "--evaluate" in command:
+        run(command, folder, "--final-episodes", "2")
+    elif "sac_clip_humanoid" in command:
+        run(command, folder, *SHORT)
+    else:
+        files = sorted(str(path) for path in (ROOT / "tests" / "frames").glob("*.png"))
+        table = run(command.split(" tests/frames")[0], folder, *files).stdout.splitlines()
+        assert "kneeling" in table[2]  # the best image
+
+
+@pytest.mark.parametrize("command", TABLE)
+def test_commands_for_larger_clips_parse(command):
+    args = tyro.cli(sac_clip_humanoid.Args, args=shlex.split(command)[2:])
+    sac_clip_humanoid.check_args(args)
+    assert args.frame_size == 224
+
+
+def test_python_block():
+    (code,) = [block for language, block in BLOCKS if language == "python"]
+    code = code.replace("tests/tiny_clip", str(ROOT / "tests" / "tiny_clip"))
+    frames = np.random.default_rng(0).integers(0, 256, (3, 96, 96, 3), dtype=np.uint8)
+    scope = {"frames": frames}
+    exec(code, scope)
+    assert scope["rewards"].shape == (3, 1)

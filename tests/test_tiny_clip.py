@@ -1,0 +1,85 @@
+"""The bundled CLIP: what it promises, and that its captions keep the held-out sentences out."""
+
+import warnings
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+from sac_clip_humanoid import TASKS, HumanoidEnv  # first: it puts torch before any GL context
+
+import numpy as np
+from clip_accuracy import Generator, auc
+from clip_reward import CLIPReward
+from train_tiny_clip import (
+    ARMS,
+    ATTRIBUTES,
+    HELD_OUT,
+    PROMPTS,
+    STANCES,
+    caption,
+    describe,
+    sample_meanings,
+)
+
+FOLDER = HERE / "tiny_clip"
+
+
+@pytest.fixture(scope="module")
+def reward():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # it knows every word of the eight prompts
+        goals = [task.goal for task in TASKS.values()]
+        return CLIPReward(str(FOLDER), goals, "a humanoid robot", precision="bf16")
+
+
+def test_it_is_small_and_has_a_card():
+    assert sum(path.stat().st_size for path in FOLDER.iterdir()) <= 16e6
+    assert "zero-shot" in (FOLDER / "README.md").read_text()
+
+
+def test_it_warns_about_words_it_was_never_taught(reward):
+    with pytest.warns(UserWarning, match="'waving'"):
+        reward.encode_text(["a humanoid robot waving"])
+
+
+def test_the_script_and_the_trainer_agree_on_the_prompts():
+    assert {name: task.goal for name, task in TASKS.items()} == PROMPTS
+
+
+def test_captions_never_use_a_held_out_sentence():
+    rng = np.random.default_rng(0)
+    meanings = [(s,) for s in STANCES] + [(s, a) for s in STANCES for a in ARMS]
+    captions = {caption(meaning, rng) for meaning in meanings for _ in range(60)}
+    assert len(captions) > 2000 and not captions & HELD_OUT
+    everything = np.ones((4, len(ATTRIBUTES)), np.float32)
+    for _ in range(20):
+        assert ("kneeling", "raised") not in sample_meanings(everything, 200, rng)
+
+
+def test_captions_come_from_the_geometry():
+    env = HumanoidEnv(None)
+    env.reset(seed=0)
+    qpos = env.init_qpos.copy()
+    qpos[2] -= 0.1  # from 11 cm above the floor down to 1 cm
+    env.set_state(qpos, np.zeros(env.model.nv))
+    truth = describe(env)
+    assert truth["standing"] == 1 and truth["in_front"] == 1
+    assert not any(truth[name] for name in ("kneeling", "lotus", "splits", "one_leg", "raised"))
+    qpos[2] += 0.2
+    env.set_state(qpos, np.zeros(env.model.nv))
+    truth = describe(env)
+    assert truth["standing"] == 0 and truth["in_the_air"] == 1
+
+
+def test_its_reward_tells_goal_states_from_others(reward):
+    env = HumanoidEnv(None, "rgb_array")
+    frames, labels = [], []
+    for _ in Generator(env, seed=7).states(400):
+        frames.append(env.render())
+        labels.append([task.in_goal_state(env.pose()) for task in TASKS.values()])
+    env.close()
+    rewards, labels = reward(np.stack(frames)).numpy(), np.array(labels)
+    for i, name in enumerate(TASKS):
+        assert labels[:, i].sum() >= 5, name
+        assert auc(rewards[:, i].astype(float), labels[:, i]) > 0.9, name
