@@ -22,7 +22,7 @@ import signal
 import sys
 import threading
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -120,7 +120,7 @@ class Args:
     clip_model: str = str(HERE / "tests" / "tiny_clip")
     """folder, ARCH/TAG or ARCH/FILE of open_clip, or hf-hub:ID"""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """of CLIP; auto is bf16 where the processor has it"""
+    """of CLIP, and allowed in the updates; auto is bf16 where the processor has it"""
     compile: bool = False
     """torch.compile CLIP's image tower"""
     score_every: int = 8
@@ -560,79 +560,70 @@ def worker_failures(envs: gym.vector.AsyncVectorEnv, stage: str):
 
 
 class Replay:
-    """A ring of observations per environment; each is stored once, next to its successor.
+    """A ring with a row for each step of all N environments; each observation is stored once.
 
-    Row t of an environment holds s, a, r of one step; s' is row t + 1. The last observation of an
-    episode takes a row of its own, from which no transition starts.
+    Row t holds s, a, r and whether s' is terminal; s' itself is the s of row t + 1. Where an
+    episode ends, s' takes a row of its own, from which no transition starts.
     """
 
     def __init__(self, capacity: int, num_envs: int, obs_dim: int, act_dim: int, device):
         self.rows, self.num_envs, self.device = capacity // num_envs, num_envs, device
-        shape = (self.rows, num_envs)
-        self.data = {
-            "observation": torch.zeros(*shape, obs_dim, device=device),
-            "action": torch.zeros(*shape, act_dim, device=device),
-            "reward": torch.zeros(*shape, device=device),
-            "terminated": torch.zeros(*shape, dtype=torch.bool, device=device),
-            "starts": torch.zeros(*shape, dtype=torch.bool, device=device),
-        }
-        self.env = torch.arange(num_envs, device=device)
-        self.head = torch.zeros(num_envs, dtype=torch.int64, device=device)  # next row, unwrapped
+        self.head = 0  # the next row; row t lies at t % rows
+        self.data = [
+            torch.zeros(self.rows, num_envs, *shape, device=device)
+            for shape in ((obs_dim,), (act_dim,), (), ())  # s, a, r, terminated
+        ]
+        self.alive = deque()  # the rows that start a transition, until s is overwritten
+        self.starts = torch.zeros(self.rows, dtype=torch.int64, device=device)  # a ring of them
+        self.count = 0  # written to `starts` so far
 
-    def add(self, observation, action, reward, terminated, next_observation, ended):
-        """One step of every environment, [N, ...] each; `ended` where the next one is a reset."""
-        now, after = self.head % self.rows, (self.head + 1) % self.rows
-        self.data["observation"][now, self.env] = observation
-        self.data["action"][now, self.env] = action
-        self.data["reward"][now, self.env] = reward
-        self.data["terminated"][now, self.env] = terminated
-        self.data["starts"][now, self.env] = True
-        self.data["observation"][after, self.env] = next_observation
-        self.data["starts"][after, self.env] = False
-        self.head += 1 + ended.long()
-
-    def align(self) -> int:
-        """Bring all environments to the same row, so that a checkpoint is a rectangle."""
-        head = int(self.head.max())
-        for i, first in enumerate(self.head.tolist()):
-            self.data["starts"][torch.arange(first, head) % self.rows, i] = False
-        self.head.fill_(head)
-        return head
+    def add(self, s, a, r, s_next, terminated, episode_ends: bool) -> None:
+        """One step of every environment, [N, ...] each."""
+        for ring, value in zip(self.data, (s, a, r, terminated), strict=True):
+            ring[self.head % self.rows] = value
+        self.data[0][(self.head + 1) % self.rows] = s_next
+        self.starts[self.count % self.rows] = self.head
+        self.alive.append(self.head)
+        self.count += 1
+        self.head += 1 + episode_ends
+        while self.alive[0] <= self.head - self.rows:
+            self.alive.popleft()
 
     def sample(self, batch_size: int, generator: torch.Generator):
-        # Some rows start no transition: draw sixteen times and take the first that does.
-        shape, device = (16, batch_size), self.device
-        env = torch.randint(self.num_envs, shape, generator=generator, device=device)
-        filled = self.head.clamp(max=self.rows)[env]
-        row = (torch.rand(shape, generator=generator, device=device) * filled).long()
-        first = self.data["starts"][row, env].int().argmax(0, keepdim=True)
-        row, env = row.gather(0, first)[0], env.gather(0, first)[0]
-        return (
-            self.data["observation"][row, env],  # [B, O]
-            self.data["action"][row, env],  # [B, A]
-            self.data["reward"][row, env],  # [B]
-            self.data["observation"][(row + 1) % self.rows, env],  # [B, O]
-            self.data["terminated"][row, env].float(),  # [B]
+        options = {"size": (batch_size,), "generator": generator, "device": self.device}
+        age, env = (
+            torch.randint(len(self.alive), **options),
+            torch.randint(self.num_envs, **options),
         )
+        row = self.starts[(self.count - 1 - age) % self.rows]
+        s, a, r, terminated = (ring[row % self.rows, env] for ring in self.data)
+        s_next = self.data[0][(row + 1) % self.rows, env]
+        return s, a, r, s_next, terminated  # [B, O], [B, A], [B], [B, O], [B]
 
-    def save(self, folder: Path, first: int, head: int) -> None:
+    def save(self, folder: Path, first: int) -> None:
         """Append rows [first, head) as one file; what is on disk already is not written again."""
-        rows = torch.arange(max(first, head - self.rows), head) % self.rows
-        atomic_save({k: v[rows].cpu() for k, v in self.data.items()}, folder / f"{first}-{head}.pt")
+        first_kept = max(first, self.head - self.rows)
+        rows = torch.arange(first_kept, self.head) % self.rows
+        part = {
+            "data": [ring[rows].cpu() for ring in self.data],
+            "starts": [row for row in self.alive if row >= first_kept],
+        }
+        atomic_save(part, folder / f"{first}-{self.head}.pt")
         for path in folder.glob("*-*.pt"):
-            if int(path.stem.split("-")[1]) <= head - self.rows:
+            if int(path.stem.split("-")[1]) <= self.head - self.rows:
                 path.unlink()
 
     def load(self, folder: Path, head: int) -> None:
-        files = sorted(folder.glob("*-*.pt"), key=lambda path: int(path.stem.split("-")[0]))
-        for path in files:
-            end = int(path.stem.split("-")[1])
-            if end <= head:  # a later file belongs to a checkpoint that was never finished
-                part = torch.load(path, map_location=self.device, weights_only=True)
-                rows = torch.arange(end - len(part["starts"]), end) % self.rows
-                for name, value in part.items():
-                    self.data[name][rows] = value
-        self.head.fill_(head)
+        self.head = head
+        ends = {int(path.stem.split("-")[1]): path for path in folder.glob("*-*.pt")}
+        for end in sorted(end for end in ends if end <= head):  # a later one was never finished
+            part = torch.load(ends[end], map_location=self.device, weights_only=True)
+            rows = torch.arange(end - len(part["data"][0]), end) % self.rows
+            for ring, value in zip(self.data, part["data"], strict=True):
+                ring[rows] = value
+            self.alive.extend(row for row in part["starts"] if row > head - self.rows)
+        self.count = len(self.alive)
+        self.starts[: self.count] = torch.tensor(self.alive)
 
 
 class Normaliser(nn.Module):
@@ -834,6 +825,7 @@ def main() -> None:
     obs_dim = envs.single_observation_space["state"].shape[0]
     act_dim = envs.single_action_space.shape[0]
 
+    threads = torch.get_num_threads()
     torch.manual_seed(args.seed)
     normaliser = Normaliser(obs_dim).to(device)
     actor = Actor(obs_dim, act_dim, args.hidden).to(device)
@@ -977,7 +969,9 @@ def main() -> None:
             envs.step_async(ACTION_SCALE * a.cpu().numpy())
         lap("act")
 
-        # ---- Update, while the workers step and render
+        # ---- Update on one core, while the workers step and render on the others
+        torch.set_num_threads(1)
+        torch.set_float32_matmul_precision("medium" if precision == "bf16" else "highest")
         due = math.floor((step + args.num_envs) * args.updates_per_step)
         due -= math.floor(step * args.updates_per_step)
         if step < max(args.learning_starts, args.num_envs * args.score_every):
@@ -1014,6 +1008,8 @@ def main() -> None:
                 "qf_loss": qf_loss, "qf_values": q.mean(), "actor_loss": actor_loss,
                 "entropy": -log_pi.mean(), "ent_coef": ent_coef,
             }  # fmt: skip
+        torch.set_float32_matmul_precision("highest")  # the reward is exact
+        torch.set_num_threads(threads)
         lap("update")
 
         # ---- Step
@@ -1049,11 +1045,10 @@ def main() -> None:
                     clip_return += r.cpu().numpy()
                     episodes["charts/clip_return"] += clip_return[done].tolist()
                     clip_return[ended] = 0
-                r, terminated, s_next, stops = (
-                    torch.as_tensor(x, device=device)
-                    for x in (r, terminated, s_next["state"], ended)
+                r, terminated, s_next = (
+                    torch.as_tensor(x, device=device) for x in (r, terminated, s_next["state"])
                 )
-                replay.add(s, a, r.float(), terminated, s_next, stops)
+                replay.add(s, a, r, s_next, terminated, bool(ended.any()))
                 normaliser.update(s_next)
             pending.clear()
             lap("clip")
@@ -1075,9 +1070,8 @@ def main() -> None:
                 save_checkpoint("best.pt")
             lap("evaluate")
         if saves:
-            head = replay.align()
-            replay.save(run / "replay", saved_row, head)
-            saved_row = head
+            replay.save(run / "replay", saved_row)
+            saved_row = replay.head
             save_checkpoint("last.pt")
         observation = reset(ended) if ended.any() else next_observation
         bar.update(args.num_envs)

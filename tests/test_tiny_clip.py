@@ -19,6 +19,8 @@ from train_tiny_clip import (
     STANCES,
     caption,
     describe,
+    geometry,
+    joint_targets,
     sample_meanings,
 )
 
@@ -70,6 +72,25 @@ def test_captions_come_from_the_geometry():
     env.set_state(qpos, np.zeros(env.model.nv))
     truth = describe(env)
     assert truth["standing"] == 0 and truth["in_the_air"] == 1
+
+
+def test_a_mirrored_body_has_the_mirrored_frame_and_geometry():
+    env = HumanoidEnv(None, "rgb_array")
+    env.reset(seed=0)
+    frames, points = [], []
+    for mirrored in (False, True):
+        qpos = env.init_qpos.copy()
+        qpos[1] = -0.2 if mirrored else 0.2
+        joints = {"right:hip_y": -60, "right:knee": -90, "left:shoulder1": -80, "left:elbow": -80}
+        qpos[7:] = joint_targets(env, joints, mirrored)
+        env.set_state(qpos, np.zeros(env.model.nv))
+        frames.append(env.render()[:40].astype(float))  # above the checkered floor
+        points.append(geometry(env))
+    env.close()
+    np.testing.assert_allclose(points[0], points[1][::-1], atol=1e-6)
+    assert np.abs(points[0][0] - points[1][0]).max() > 0.3
+    same, other = (np.abs(frames[0] - frame).mean() for frame in (frames[1][:, ::-1], frames[1]))
+    assert same < 2 and other > 5
 
 
 def test_its_reward_tells_goal_states_from_others(reward):
