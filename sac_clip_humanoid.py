@@ -706,37 +706,35 @@ def evaluate(envs, policy, clip, episodes: int, key: tuple, args: Args):
     no predicate, hence no success rate. Returns the means over the episodes, and the frames of the
     first episode [T, H, W, 3].
     """
-    rounds, film = [], None
+    results, film = defaultdict(list), None
     for first in range(0, episodes, envs.num_envs):
         seeds = [reset_seed(*key, first + i) for i in range(envs.num_envs)]
-        frames, steps, alive = [], [], np.ones(envs.num_envs, bool)
+        frames, played, rewards, goal_states = [], [], [], []
+        running = np.ones(envs.num_envs, bool)
         with worker_failures(envs, "evaluation"):
             observation, _ = envs.reset(seed=seeds)
-            while alive.any():
+            while running.any():
                 envs.step_async(ACTION_SCALE * policy(observation["state"]))
                 observation, reward, terminated, truncated, info = envs.step_wait(
                     timeout=args.worker_timeout
                 )
-                goal_state = info.get("goal_state", np.zeros(envs.num_envs))
                 frames.append(observation["frame"])
-                steps.append(np.stack([alive, alive * reward, alive * goal_state]))
-                alive = alive & ~(terminated | truncated)
-        steps, frames = np.stack(steps), np.stack(frames)  # [T, 3, N], [T, N, H, W, 3]
+                played.append(running)
+                rewards.append(reward)
+                goal_states.append(info.get("goal_state", np.zeros(envs.num_envs)))
+                running = running & ~(terminated | truncated)
+        frames, played = np.stack(frames), np.stack(played)  # [T, N, H, W, 3], [T, N]
         film = frames[:, 0] if film is None else film
-        totals = steps.sum(0)
+        results["episodic_return"] += (played * rewards).sum(0).tolist()
         if clip is not None:
-            scores = clip(frames.reshape(-1, *frames.shape[2:])).view(frames.shape[:2])
-            totals = np.concatenate([totals, (scores.cpu().numpy() * steps[:, 0]).sum(0)[None]])
-        rounds.append(totals)
-    totals = np.concatenate(rounds, 1)[:, :episodes]
-    length, goal_steps = totals[0], totals[2]
-    means = {"episodes": episodes, "episodic_return": float(totals[1].mean())}
-    if clip is not None:
-        means["clip_return"] = float(totals[3].mean())
-    if args.goal is None:
-        means["success_rate"] = float((goal_steps >= length / 2).mean())
-        means["goal_state"] = float((goal_steps / length).mean())
-    return means, film
+            scores = clip(frames.reshape(-1, *frames.shape[2:])).view(played.shape).cpu().numpy()
+            results["clip_return"] += (played * scores).sum(0).tolist()
+        if args.goal is None:
+            goal_state = (played * goal_states).sum(0) / played.sum(0)
+            results["success_rate"] += (goal_state >= 0.5).tolist()
+            results["goal_state"] += goal_state.tolist()
+    means = {name: float(np.mean(values[:episodes])) for name, values in results.items()}
+    return {"episodes": episodes} | means, film
 
 
 def write_video(film: np.ndarray, path: Path, writer: SummaryWriter | None, step: int) -> None:
@@ -953,7 +951,7 @@ def main() -> None:
     pending = []  # steps whose frames wait for CLIP
     clip_return, env_return, length = np.zeros((3, args.num_envs))  # of the running episodes
     losses, episodes = {}, defaultdict(list)  # since the last log
-    seconds = dict.fromkeys(("act", "update", "env", "clip", "evaluate"), 0.0)
+    seconds = dict.fromkeys(("act", "update", "env", "clip", "evaluate", "checkpoint"), 0.0)
     started = clock = time.time()
     first_step = step
     bar = tqdm(total=args.total_timesteps, initial=step, unit="step", mininterval=1)
@@ -1073,7 +1071,9 @@ def main() -> None:
             replay.save(run / "replay", saved_row)
             saved_row = replay.head
             save_checkpoint("last.pt")
+            lap("checkpoint")
         observation = reset(ended) if ended.any() else next_observation
+        lap("env")
         bar.update(args.num_envs)
         if step // args.num_envs % 100 == 0:
             stop_if_nan("a loss", losses.values())
