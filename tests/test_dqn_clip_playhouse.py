@@ -1,0 +1,198 @@
+"""The home: seeds, walls, grab and release, each goal on both sides, and a way to reach it."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+from dqn_clip_playhouse import (  # first: it puts torch before the first GL context
+    ACTIONS,
+    COLOURS,
+    GOALS,
+    HELDOUT_GOALS,
+    KINDS,
+    PLACES,
+    TOYS,
+    TRAIN_GOALS,
+    Goal,
+    PlayhouseEnv,
+    about_z,
+    scripted,
+    tour,
+)
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.utils.env_checker import check_env
+
+act = ACTIONS.index
+
+
+@pytest.fixture(scope="module")
+def env():
+    env = PlayhouseEnv("rgb_array")
+    yield env
+    env.close()
+
+
+def play(env: PlayhouseEnv, goal: Goal, seed: int) -> list[bool]:
+    """Success after each step of the scripted walk."""
+    env.reset(seed=seed, options={"goal": goal})
+    return [env.step(action)[4]["success"] for action in scripted(env, goal)]
+
+
+def put(env: PlayhouseEnv, toy: int, position) -> None:
+    """Lay a toy down somewhere, and let it come to rest."""
+    joint = env.model.joint(env.model.body(f"toy{toy}").jntadr[0])
+    env.data.qpos[joint.qposadr[0] :][:7] = *position, *about_z(0)
+    env.data.qvel[joint.dofadr[0] :][:6] = 0
+    for _ in range(8):
+        env.step(act("stay"))
+
+
+def test_gymnasium_accepts_the_home():
+    env = gym.make("PlayhouseCLIP-v0", render_mode="rgb_array")
+    check_env(env.unwrapped)
+    env.close()
+
+
+def test_goals_are_many_and_one_toy_in_five_is_held_out():
+    assert len(GOALS) == len(set(GOALS)) == 240 and len({goal.prompt for goal in GOALS}) == 240
+    assert len(HELDOUT_GOALS) >= 0.2 * len(GOALS)
+    for family in ("find", "lift", "place"):
+        goals = [goal for goal in TRAIN_GOALS if goal.family == family]
+        assert {goal.colour for goal in goals} == set(COLOURS)
+        assert {goal.kind for goal in goals} == set(KINDS) == set(TOYS)
+        assert family != "place" or {goal.place for goal in goals} == set(PLACES)
+    named = {(goal.colour, goal.kind) for goal in TRAIN_GOALS}
+    assert not named & {(goal.colour, goal.kind) for goal in HELDOUT_GOALS}
+    assert Goal("place", "red", "mug", "toy box").prompt == "a red mug in the toy box"
+
+
+def test_a_seed_is_a_home(env):
+    homes = []
+    for seed in (3, 3, 4):
+        frame, info = env.reset(seed=seed)
+        frames = [frame] + [env.step(i % 9)[0] for i in range(20)]
+        homes.append((info["goal"], env.toys, env.model.geom_pos.copy(), np.stack(frames)))
+    first, again, other = homes
+    assert first[:2] == again[:2] and (first[2] == again[2]).all() and (first[3] == again[3]).all()
+    assert first[2].shape != other[2].shape or (first[2] != other[2]).any()
+
+
+def test_each_home_has_what_its_goal_needs(env):
+    for seed in range(20):
+        _, info = env.reset(seed=seed)
+        goal = GOALS[info["goal"]]
+        assert goal in TRAIN_GOALS and goal == env.goal and not info["success"]
+        assert (goal.colour, goal.kind) == env.toys[0] and len(set(env.toys)) == len(env.toys)
+        assert 4 <= len(env.toys) <= 6 and set(PLACES) <= set(env.furniture)
+        # Both words matter: another toy of this kind, and another of this colour.
+        assert sum(kind == goal.kind for _, kind in env.toys) >= 2
+        assert sum(colour == goal.colour for colour, _ in env.toys) >= 2
+        for i, (x, y, w, d) in enumerate(env.obstacles):
+            for X, Y, W, D in env.obstacles[:i]:
+                assert abs(x - X) >= w + W or abs(y - Y) >= d + D
+
+
+def test_walls_and_furniture_stop_the_agent(env):
+    env.reset(seed=0)
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        action = "forward" if rng.random() < 0.7 else str(rng.choice(ACTIONS[1:4]))
+        env.step(act(action))
+        x, y = env.position
+        assert env.west < x - 0.15 and x + 0.15 < env.east
+        assert env.south < y - 0.15 and y + 0.15 < env.north
+        for X, Y, w, d in env.obstacles:
+            tall = (X, Y, w, d) in env.obstacles[:2]  # the wall between the rooms
+            assert not tall or abs(x - X) > w + 0.15 or abs(y - Y) > d + 0.15
+
+
+def test_walking_turning_and_looking(env):
+    env.reset(seed=1)
+    yaw = lambda: env.data.qpos[env._place[2]]
+    start, angle = env.position.copy(), yaw()
+    env.step(act("left"))
+    assert yaw() - angle == pytest.approx(np.deg2rad(20), abs=0.03)
+    env.step(act("right"))
+    assert yaw() == pytest.approx(angle, abs=0.03) and np.allclose(env.position, start, atol=0.02)
+    steps = []
+    for action in ("forward", "back"):
+        before = env.position.copy()
+        env.step(act(action))
+        steps.append(env.position - before)
+    heading = np.array([np.cos(yaw()), np.sin(yaw())])
+    assert steps[0] @ heading == pytest.approx(0.2, abs=0.03)
+    assert steps[1] @ heading == pytest.approx(-0.2, abs=0.03)
+    low = env.step(act("down"))[0]
+    assert (low != env.step(act("up"))[0]).any()
+    assert (env.step(act("down"))[0] == low).mean() > 0.9
+
+
+@pytest.mark.parametrize("family", ["find", "lift", "place"])
+def test_every_family_can_be_reached(env, family):
+    goals = [goal for goal in GOALS if goal.family == family]
+    reached = [play(env, goal, seed=i)[-1] for i, goal in enumerate(goals[:: len(goals) // 10])]
+    assert np.mean(reached) >= 0.9, reached
+
+
+def test_a_toy_is_lifted_by_the_hand_alone_and_falls_when_released(env):
+    goal = Goal("lift", "red", "ball")
+    assert play(env, goal, seed=2)[-1] and env.held == 0
+    other = Goal("lift", *env.toys[1])
+    assert not env.in_goal_state(other) and not env.in_goal_state(Goal("find", "red", "ball"))
+    height = env.toy_position(0)[2]
+    env.step(act("left"))
+    assert env.in_goal_state(goal) and env.toy_position(0)[2] == pytest.approx(height, abs=1e-3)
+    for action in ("release", *["stay"] * 8):
+        env.step(act(action))
+    assert env.held is None and not env.in_goal_state(goal)
+    assert env.toy_position(0)[2] < height - 0.1
+
+
+def test_nothing_in_reach_is_nothing_in_the_hand(env):
+    env.reset(seed=2, options={"goal": Goal("lift", "red", "ball")})
+    for i in range(len(env.toys)):
+        put(env, i, (env.west + 0.3 * (i + 1), env.north + 3, 0.3))  # outside
+    env.step(act("grab"))
+    assert env.held is None
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_toy_is_placed_where_it_lies_and_nowhere_else(env, place):
+    goals = [Goal("place", "blue", "block", where) for where in PLACES]
+    goal = goals[list(PLACES).index(place)]
+    env.reset(seed=5, options={"goal": goal})
+    others = [Goal("place", *toy, place) for toy in env.toys[1:]]
+    before = [env.in_goal_state(other) for other in others]
+    assert not any(map(env.in_goal_state, goals))
+    x, y, _ = env.furniture[place]
+    put(env, 0, (x, y, 0.6))
+    assert [g.place for g in goals if env.in_goal_state(g)] == [place]
+    assert [env.in_goal_state(other) for other in others] == before
+    x, y = env._free_floor(0.2)
+    put(env, 0, (x, y, 0.2))
+    assert not any(map(env.in_goal_state, goals))
+
+
+def test_found_is_near_central_and_in_sight(env):
+    goal = Goal("find", "purple", "car")
+    for seed in range(3):
+        assert play(env, goal, seed)[-1]
+        for _ in range(3):
+            env.step(act("left"))
+        assert not env.in_goal_state(goal)  # not in the middle of the view
+        for _ in range(3):
+            env.step(act("right"))
+        assert env.in_goal_state(goal)
+        x, y = env.position
+        put(env, 0, (x, y + 2.0, 0.1))
+        assert not env.in_goal_state(goal)  # gone
+
+
+def test_the_tour_is_a_video(tmp_path):
+    tour(tmp_path / "tour.mp4", seed=1)
+    assert (tmp_path / "tour.mp4").stat().st_size > 10_000
