@@ -14,6 +14,7 @@ Paper: Rocamonde et al., "Vision-Language Models are Zero-Shot Reward Models for
 Learning", ICLR 2024, https://arxiv.org/abs/2310.12921
 """
 
+import copy
 import json
 import math
 import multiprocessing
@@ -59,101 +60,84 @@ except Exception as error:  # mujoco raises whatever its GL loader raised
     raise SystemExit(2) from None
 
 HERE = Path(__file__).resolve().parent
+START_METHOD = "fork" if sys.platform == "linux" else "spawn"  # which loads torch in each worker
 ACTION_SCALE = 0.4  # torque limit of Humanoid-v5; policies act in [-1, 1]
 
 
 @dataclass
 class Args:
     # ---- Run
-    exp_name: str = "sac_clip_humanoid"
-    """name of the experiment, part of the run's folder"""
-    seed: int = 1
-    """of networks, action noise, replay and every reset"""
+
+    exp_name: str = "sac_clip_humanoid"  # name of the experiment, part of the run's folder
+    seed: int = 1  # of networks, action noise, replay and every reset
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where CLIP, networks and replay live; auto takes CUDA if there is one"""
-    total_timesteps: int = 300_000
-    """environment steps, over all environments"""
-    num_envs: int = 16
-    """worker processes, one humanoid in each"""
-    eval_every: int = 16_000
-    """env steps between evaluations; also the rhythm of the videos"""
-    eval_episodes: int = 16
-    """episodes of each evaluation during training"""
+    total_timesteps: int = 300_000  # environment steps, over all environments
+    num_envs: int = 16  # worker processes, one humanoid in each
+    eval_every: int = 16_000  # env steps between evaluations; also the rhythm of the videos
+    eval_episodes: int = 16  # episodes of each evaluation during training
     final_episodes: int = 100
     """episodes of the evaluation at the end, on seeds that selected nothing"""
     checkpoint_every: int = 16_000
     """env steps between checkpoints; running episodes are cut short there"""
-    capture_video: bool = True
-    """record an episode at each evaluation, at 320 pixels"""
-    resume: Path | None = None
-    """a run's folder to continue, with the arguments it was started with"""
-    evaluate: Path | None = None
-    """a run's folder whose best agent to replay, instead of training"""
-    track: bool = False
-    """log to Weights and Biases too (pip install wandb)"""
-    wandb_project_name: str = "clip-rl"
-    """its project"""
-    wandb_entity: str | None = None
-    """its team"""
-    worker_timeout: float = 60.0
-    """seconds after which a worker that does not answer ends the run"""
+    capture_video: bool = True  # record an episode at each evaluation, at 320 pixels
+    resume: Path | None = None  # a run's folder to continue, with the arguments it was started with
+    evaluate: Path | None = None  # a run's folder whose best agent to replay, instead of training
+    track: bool = False  # log to Weights and Biases too (pip install wandb)
+    wandb_project_name: str = "clip-rl"  # its project
+    wandb_entity: str | None = None  # its team
+    worker_timeout: float = 60.0  # seconds after which a worker that does not answer ends the run
 
     # ---- Environment
+
     task: str = "kneeling"
     """a name in TASKS: its goal prompt, its baseline and its success predicate"""
     textured: bool = True
     """coloured limbs, sky and floor; --no-textured is the plain body (the paper's ablation)"""
     camera: Literal["fixed", "track"] = "fixed"
     """the paper's camera, or the one fixed to the body (the paper's ablation)"""
-    frame_size: int = 96
-    """width and height in pixels of the frames that CLIP sees"""
+    frame_size: int = 96  # width and height in pixels of the frames that CLIP sees
 
     # ---- CLIP reward
+
     reward: Literal["clip", "env"] = "clip"
     """env: gymnasium's own running reward, with its termination, to check the algorithm"""
     goal: str | None = None
     """any sentence in place of the task's goal prompt; there is no success rate then"""
-    baseline: str | None = None
-    """any sentence in place of the task's baseline prompt"""
+    baseline: str | None = None  # any sentence in place of the task's baseline prompt
     alpha: float = 0.0
     """strength of the goal-baseline regularisation, from 0 (cosine to the goal) to 1"""
     clip_model: str = str(HERE / "tests" / "tiny_clip")
     """folder, ARCH/TAG or ARCH/FILE of open_clip, or hf-hub:ID"""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """of CLIP, and allowed in the updates; auto is bf16 where the processor has it"""
-    compile: bool = False
-    """torch.compile CLIP's image tower"""
-    score_every: int = 8
-    """steps of all environments whose frames make one CLIP batch"""
+    compile: bool = False  # torch.compile CLIP's image tower
+    score_every: int = 8  # steps of all environments whose frames make one CLIP batch
 
     # ---- Algorithm
-    buffer_size: int = 1_000_000
-    """transitions in the replay"""
-    learning_starts: int = 5_000
-    """env steps of uniformly random actions before the first update"""
-    updates_per_step: float = 0.5
-    """gradient updates per environment step"""
-    batch_size: int = 256
-    """transitions per update"""
-    learning_rate: float = 6e-4
-    """of actor, critics and temperature"""
-    gamma: float = 0.95
-    """discount factor"""
-    tau: float = 0.005
-    """fraction of the critics that enters their targets per update"""
+
+    buffer_size: int = 1_000_000  # transitions in the replay
+    learning_starts: int = 5_000  # env steps of uniformly random actions before the first update
+    updates_per_step: float = 0.5  # gradient updates per environment step
+    batch_size: int = 256  # transitions per update
+    learning_rate: float = 6e-4  # of actor, critics and temperature
+    gamma: float = 0.95  # discount factor
+    tau: float = 0.005  # fraction of the critics that enters their targets per update
     ent_coef: float | None = None
     """SAC's temperature; unset, it is learned so that the entropy meets -dim(action)"""
-    reward_scale: float = 10.0
-    """factor on the reward before it is learned from"""
-    hidden: int = 256
-    """units in each of the two hidden layers"""
+    reward_scale: float = 10.0  # factor on the reward before it is learned from
+    hidden: int = 256  # units in each of the two hidden layers
 
 
-def check(condition: bool, message: str) -> None:
-    """Bad input: one line that names the flag, the value and the remedy, and exit code 2."""
+def check(condition: bool, message: str, exit_code: int = 2) -> None:
+    """Else stop, with one line that names the flag, the value and the remedy."""
     if not condition:
         print(message, file=sys.stderr)
-        raise SystemExit(2)
+        raise SystemExit(exit_code)
+
+
+def flag(name: str) -> str:
+    return name.replace("_", "-")
 
 
 def check_args(args: Args) -> None:
@@ -162,7 +146,12 @@ def check_args(args: Args) -> None:
                  "updates_per_step", "learning_rate", "tau", "reward_scale", "hidden",
                  "worker_timeout"):  # fmt: skip
         value = getattr(args, name)
-        check(value > 0, f"--{name.replace('_', '-')} {value}: must be greater than 0")
+        check(0 < value < math.inf, f"--{flag(name)} {value}: must be finite and greater than 0")
+    check(0 <= args.seed < 2**63, f"--seed {args.seed}: must be at least 0 and less than 2**63")
+    check(
+        args.ent_coef is None or 0 < args.ent_coef < math.inf,
+        f"--ent-coef {args.ent_coef}: must be greater than 0; leave it out to learn it",
+    )
     check(
         args.learning_starts >= 0, f"--learning-starts {args.learning_starts}: must be at least 0"
     )
@@ -180,7 +169,7 @@ def check_args(args: Args) -> None:
     )
     check(
         args.num_envs * 200 <= args.buffer_size,
-        f"--buffer-size {args.buffer_size}: holds less than two episodes of {args.num_envs} "
+        f"--buffer-size {args.buffer_size}: holds fewer than 200 steps of {args.num_envs} "
         f"environments; raise it to {args.num_envs * 200}",
     )
     check(
@@ -295,7 +284,7 @@ def one_leg(p: Pose) -> bool:
 
 class Task(NamedTuple):
     goal: str
-    in_goal_state: Callable[[Pose], bool] | None = None  # a free --goal has none
+    in_goal_state: Callable[[Pose], bool]
     baseline: str = "a humanoid robot"
 
 
@@ -457,9 +446,11 @@ class HumanoidEnv(MujocoHumanoid):
         geoms = lambda name: data.geom_xpos[[self._geom[f"{side}_{name}"] for side in sides]]
         bodies = lambda name: data.xpos[[self._body[f"{side}_{name}"] for side in sides]]
         chest, trunk = data.xpos[self._body["torso"]], data.xmat[self._body["torso"]].reshape(3, 3)
-        seat, left = data.geom_xpos[self._geom["butt"]], data.xmat[self._body["pelvis"]][1::3]
-        left = np.array([left[0], left[1], 0.0]) / (np.hypot(left[0], left[1]) + 1e-9)
-        heading = np.stack([[left[1], -left[0], 0.0], left, [0.0, 0.0, 1.0]], 1)  # columns x, y, z
+        pelvis = data.xmat[self._body["pelvis"]].reshape(3, 3)
+        y = pelvis[:, 1] * (1, 1, 0)  # its left, laid on the floor
+        y /= np.linalg.norm(y) + 1e-9
+        heading = np.stack([[y[1], -y[0], 0.0], y, [0.0, 0.0, 1.0]], 1)  # columns x, y, z
+        seat = data.geom_xpos[self._geom["butt"]]
         under_seat = seat * (1, 1, 0)
         com = self.model.body_mass @ data.xipos / self.model.body_mass.sum()
         seat_tilt = abs(data.geom_xmat[self._geom["butt"]][8])  # of the capsule's axis
@@ -482,7 +473,7 @@ class HumanoidEnv(MujocoHumanoid):
         )
 
     def in_goal_state(self) -> bool:
-        """Whether the state, as `mj_forward` left it, is one of the task's goal."""
+        """Whether the state, after `mj_kinematics`, is one of the task's goal."""
         return TASKS[self.task].in_goal_state(self.pose())
 
 
@@ -490,9 +481,12 @@ gym.register("HumanoidCLIP-v0", HumanoidEnv, max_episode_steps=100)
 
 
 def draw_one_frame() -> None:
-    env = HumanoidEnv(render_mode="rgb_array")
-    env.reset()
-    env.render()
+    try:
+        env = HumanoidEnv(render_mode="rgb_array")
+        env.reset()
+        env.render()
+    except Exception:  # whatever the GL library raises; the parent names the remedy
+        raise SystemExit(1) from None
 
 
 class FrameObservation(gym.ObservationWrapper):
@@ -534,7 +528,7 @@ def make_envs(args: Args, num_envs: int, size: int) -> gym.vector.AsyncVectorEnv
 
     return gym.vector.AsyncVectorEnv(
         [make_env] * num_envs,
-        context="fork" if sys.platform == "linux" else None,  # spawn would load torch in each
+        context=START_METHOD,
         autoreset_mode=gym.vector.AutoresetMode.DISABLED,
     )
 
@@ -546,13 +540,15 @@ def worker_failures(envs: gym.vector.AsyncVectorEnv, stage: str):
         yield
     except Exception as error:
         time.sleep(0.5)  # a pipe breaks a little before its process is gone
-        silent = [i for i, pipe in enumerate(envs.parent_pipes) if pipe.closed or not pipe.poll()]
+        silent = [i for i, pipe in enumerate(envs.parent_pipes) if pipe is None or not pipe.poll()]
         dead = [i for i, process in enumerate(envs.processes) if not process.is_alive()]
-        envs.close(terminate=True)
+        for process in envs.processes:
+            process.kill()  # one that hangs in the driver ignores SIGTERM
+        envs.closed = True  # its own close() would wait for them
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         print(
             f"{stage}: worker {dead or silent} of {envs.num_envs} {'died' if dead else 'failed'} "
-            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}). "
-            f"MUJOCO_GL is {os.environ.get('MUJOCO_GL')}: try a lower --num-envs, "
+            f"({reason}). MUJOCO_GL is {os.environ.get('MUJOCO_GL')}: try a lower --num-envs, "
             "MUJOCO_GL=osmesa, or a longer --worker-timeout",
             file=sys.stderr,
         )
@@ -610,18 +606,26 @@ class Replay:
         }
         atomic_save(part, folder / f"{first}-{self.head}.pt")
         for path in folder.glob("*-*.pt"):
-            if int(path.stem.split("-")[1]) <= self.head - self.rows:
+            if int(path.stem.split("-")[1]) <= first - self.rows:  # not even last.pt needs it
                 path.unlink()
 
     def load(self, folder: Path, head: int) -> None:
-        self.head = head
+        self.head, filled = head, 0
         ends = {int(path.stem.split("-")[1]): path for path in folder.glob("*-*.pt")}
-        for end in sorted(end for end in ends if end <= head):  # a later one was never finished
+        for end in sorted(ends):
+            if end > head:  # its checkpoint was never finished
+                ends[end].unlink()
+                continue
             part = torch.load(ends[end], map_location=self.device, weights_only=True)
-            rows = torch.arange(end - len(part["data"][0]), end) % self.rows
+            rows = torch.arange(end - len(part["data"][0]), end)
             for ring, value in zip(self.data, part["data"], strict=True):
-                ring[rows] = value
+                ring[rows % self.rows] = value
             self.alive.extend(row for row in part["starts"] if row > head - self.rows)
+            filled += int((rows >= head - self.rows).sum())
+        check(
+            filled >= min(head, self.rows),
+            f"--resume {folder.parent}: files are missing in its replay/; restore them",
+        )
         self.count = len(self.alive)
         self.starts[: self.count] = torch.tensor(self.alive)
 
@@ -651,16 +655,11 @@ class TwinQ(nn.Module):
 
     def __init__(self, obs_dim: int, act_dim: int, hidden: int):
         super().__init__()
-        sizes = [obs_dim + act_dim, hidden, hidden, 1]
-        bounds = [1 / math.sqrt(n) for n in sizes]  # as nn.Linear does
-        self.weights = nn.ParameterList(
-            torch.empty(2, m, n).uniform_(-bound, bound)
-            for m, n, bound in zip(sizes, sizes[1:], bounds, strict=False)
-        )
-        self.biases = nn.ParameterList(
-            torch.empty(2, 1, n).uniform_(-bound, bound)
-            for n, bound in zip(sizes[1:], bounds, strict=False)
-        )
+        self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
+        for m, n in ((obs_dim + act_dim, hidden), (hidden, hidden), (hidden, 1)):
+            bound = 1 / math.sqrt(m)  # as nn.Linear does
+            self.weights.append(nn.Parameter(torch.empty(2, m, n).uniform_(-bound, bound)))
+            self.biases.append(nn.Parameter(torch.empty(2, 1, n).uniform_(-bound, bound)))
 
     def forward(self, s: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
         x = torch.cat([s, a], -1).expand(2, -1, -1)  # [2, B, O + A]
@@ -712,24 +711,28 @@ def evaluate(envs, policy, clip, episodes: int, key: tuple, args: Args):
         frames, played, rewards, goal_states = [], [], [], []
         running = np.ones(envs.num_envs, bool)
         with worker_failures(envs, "evaluation"):
-            observation, _ = envs.reset(seed=seeds)
-            while running.any():
-                envs.step_async(ACTION_SCALE * policy(observation["state"]))
+            envs.reset_async(seed=seeds)
+            observation, _ = envs.reset_wait(timeout=args.worker_timeout)
+        while running.any():
+            action = ACTION_SCALE * policy(observation["state"])
+            with worker_failures(envs, "evaluation"):
+                envs.step_async(action)
                 observation, reward, terminated, truncated, info = envs.step_wait(
                     timeout=args.worker_timeout
                 )
-                frames.append(observation["frame"])
-                played.append(running)
-                rewards.append(reward)
-                goal_states.append(info.get("goal_state", np.zeros(envs.num_envs)))
-                running = running & ~(terminated | truncated)
+            frames.append(observation["frame"])
+            played.append(running)
+            rewards.append(reward)
+            if "goal_state" in info:  # a free goal has none
+                goal_states.append(info["goal_state"])
+            running = running & ~(terminated | truncated)
         frames, played = np.stack(frames), np.stack(played)  # [T, N, H, W, 3], [T, N]
         film = frames[:, 0] if film is None else film
         results["episodic_return"] += (played * rewards).sum(0).tolist()
         if clip is not None:
             scores = clip(frames.reshape(-1, *frames.shape[2:])).view(played.shape).cpu().numpy()
             results["clip_return"] += (played * scores).sum(0).tolist()
-        if args.goal is None:
+        if goal_states:
             goal_state = (played * goal_states).sum(0) / played.sum(0)
             results["success_rate"] += (goal_state >= 0.5).tolist()
             results["goal_state"] += goal_state.tolist()
@@ -757,30 +760,39 @@ def atomic_save(state: dict, path: Path) -> None:
     os.replace(part, path)
 
 
-def load_checkpoint(run: Path, name: str, flag: str) -> dict:
+def load_checkpoint(run: Path, name: str, option: str) -> dict:
     try:
         return torch.load(run / name, map_location="cpu", weights_only=True)
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        check(False, f"{flag} {run}: cannot load its {name} ({reason}); name a run's folder")
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        check(False, f"{option} {run}: cannot load its {name} ({reason}); name a run's folder")
 
 
 def parse_args() -> Args:
     """The command line; for a run that exists, on top of the arguments it was started with."""
     args = tyro.cli(Args, description=__doc__)
-    run, flag = (args.resume, "--resume") if args.resume else (args.evaluate, "--evaluate")
+    check(
+        args.resume is None or args.evaluate is None,
+        f"--evaluate {args.evaluate}: not together with --resume; one after the other",
+    )
+    run = args.resume or args.evaluate
     if run is None:
         return args
-    name, free = (
-        ("last.pt", {"total_timesteps"}) if args.resume else ("best.pt", {"final_episodes"})
-    )
-    saved = Args(**load_checkpoint(run, name, flag)["args"])
+    # What may differ from the run's own arguments; the rest would make it another run.
+    free = {"resume", "evaluate", "device", "worker_timeout", "clip_model"}
+    if args.resume:
+        saved = load_checkpoint(run, "last.pt", "--resume")["args"]
+        free |= {"total_timesteps"}
+    else:
+        saved = load_checkpoint(run, "best.pt", "--evaluate")["args"]
+        free |= {"final_episodes", "num_envs", "precision"}
+    saved = Args(**saved)
     args = tyro.cli(Args, default=saved, description=__doc__)
     for field in fields(Args):
         old, new = getattr(saved, field.name), getattr(args, field.name)
         check(
-            old == new or field.name in free | {"device", "resume", "evaluate"},
-            f"--{field.name.replace('_', '-')} {new}: {run} was started with {old}; leave it out",
+            old == new or field.name in free,
+            f"--{flag(field.name)} {new}: {run} was started with {old}; leave it out",
         )
     return args
 
@@ -791,10 +803,9 @@ def main() -> None:
     device = args.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    precision = args.precision
-    if precision == "auto":
+    if args.precision == "auto":  # settled here, so that a resumed run keeps it
         has_bf16 = device == "cuda" or torch.cpu._is_avx512_bf16_supported()
-        precision = "bf16" if has_bf16 else "fp32"
+        args.precision = "bf16" if has_bf16 else "fp32"
     task = TASKS[args.task]
     clip = None
     if args.reward == "clip":
@@ -802,13 +813,13 @@ def main() -> None:
         try:
             clip = CLIPReward(
                 args.clip_model, [goal], baseline, args.alpha,
-                precision=precision, compile=args.compile,
+                precision=args.precision, compile=args.compile,
             )  # fmt: skip
         except ValueError as error:
             check(False, str(error))
-    probe = multiprocessing.get_context("fork").Process(target=draw_one_frame)
+    probe = multiprocessing.get_context(START_METHOD).Process(target=draw_one_frame, daemon=True)
     probe.start()
-    probe.join()
+    probe.join(args.worker_timeout)
     check(
         probe.exitcode == 0,
         f"MUJOCO_GL={os.environ.get('MUJOCO_GL')}: cannot render here. On Debian or Ubuntu: "
@@ -827,9 +838,8 @@ def main() -> None:
     torch.manual_seed(args.seed)
     normaliser = Normaliser(obs_dim).to(device)
     actor = Actor(obs_dim, act_dim, args.hidden).to(device)
-    critic, target = (TwinQ(obs_dim, act_dim, args.hidden).to(device) for _ in range(2))
-    target.load_state_dict(critic.state_dict())
-    target.requires_grad_(False)
+    critic = TwinQ(obs_dim, act_dim, args.hidden).to(device)
+    target = copy.deepcopy(critic).requires_grad_(False)
     log_ent_coef = torch.tensor(math.log(args.ent_coef or 1.0), device=device, requires_grad=True)
     target_entropy = -float(act_dim)
     adam = {"lr": args.learning_rate, "fused": True}
@@ -882,7 +892,7 @@ def main() -> None:
         args.resume
         or Path("runs") / f"HumanoidCLIP-v0__{args.exp_name}__{args.seed}__{int(time.time())}"
     )
-    (run / "videos").mkdir(parents=True, exist_ok=True)
+    (run / "videos").mkdir(parents=True, exist_ok=args.resume is not None)
     (run / "replay").mkdir(exist_ok=True)
     replay = Replay(args.buffer_size, args.num_envs, obs_dim, act_dim, device)
     step, saved_row, best_return = 0, 0, -math.inf
@@ -925,14 +935,12 @@ def main() -> None:
         atomic_save(state, run / name)
 
     def stop_if_nan(stage: str, values: Iterable[torch.Tensor]) -> None:
-        if not all(value.isfinite().all() for value in values):
-            envs.close(terminate=True)
-            print(
-                f"step {step}: {stage} is not finite; {run}/last.pt is from before it. "
-                "Try a lower --learning-rate or --precision fp32",
-                file=sys.stderr,
-            )
-            raise SystemExit(1)
+        check(
+            all(value.isfinite().all() for value in values),
+            f"step {step}: {stage} is not finite; {run}/last.pt is from before it. Start anew with "
+            "a lower --learning-rate or --precision fp32",
+            exit_code=1,
+        )
 
     def reset(ended: np.ndarray) -> dict[str, np.ndarray]:
         """Start the next episode of the environments that ended, seeded by its number."""
@@ -949,7 +957,7 @@ def main() -> None:
 
     observation = reset(np.ones(args.num_envs, bool))
     pending = []  # steps whose frames wait for CLIP
-    clip_return, env_return, length = np.zeros((3, args.num_envs))  # of the running episodes
+    totals = defaultdict(lambda: np.zeros(args.num_envs))  # of the running episodes
     losses, episodes = {}, defaultdict(list)  # since the last log
     seconds = dict.fromkeys(("act", "update", "env", "clip", "evaluate", "checkpoint"), 0.0)
     started = clock = time.time()
@@ -963,16 +971,17 @@ def main() -> None:
                 a = torch.rand((args.num_envs, act_dim), generator=generator, device=device) * 2 - 1
             else:
                 a, _ = actor.sample(normaliser(s), generator)  # [N, A]
+        action = ACTION_SCALE * a.cpu().numpy()
         with worker_failures(envs, f"step {step}"):
-            envs.step_async(ACTION_SCALE * a.cpu().numpy())
+            envs.step_async(action)
         lap("act")
 
         # ---- Update on one core, while the workers step and render on the others
         torch.set_num_threads(1)
-        torch.set_float32_matmul_precision("medium" if precision == "bf16" else "highest")
+        torch.set_float32_matmul_precision("medium" if args.precision == "bf16" else "highest")
         due = math.floor((step + args.num_envs) * args.updates_per_step)
         due -= math.floor(step * args.updates_per_step)
-        if step < max(args.learning_starts, args.num_envs * args.score_every):
+        if step < args.learning_starts or not replay.alive:  # which waits for the first scores
             due = 0
         for _ in range(due):
             s_t, a_t, r_t, s_next, terminated_t = replay.sample(args.batch_size, generator)
@@ -1000,13 +1009,14 @@ def main() -> None:
                 ent_coef_loss.backward()
                 ent_coef_optimizer.step()
 
-            torch._foreach_lerp_(list(target.parameters()), list(critic.parameters()), args.tau)
+            with torch.no_grad():
+                torch._foreach_lerp_(list(target.parameters()), list(critic.parameters()), args.tau)
         if due:
             losses = {
                 "qf_loss": qf_loss, "qf_values": q.mean(), "actor_loss": actor_loss,
                 "entropy": -log_pi.mean(), "ent_coef": ent_coef,
             }  # fmt: skip
-        torch.set_float32_matmul_precision("highest")  # the reward is exact
+        torch.set_float32_matmul_precision("highest")  # CLIP has its own
         torch.set_num_threads(threads)
         lap("update")
 
@@ -1022,14 +1032,7 @@ def main() -> None:
         saves = last or step % args.checkpoint_every < args.num_envs
         done = terminated | truncated
         ended = done | evaluates | saves  # running episodes are cut short there
-        length += 1
-        env_return += reward
         pending.append((s, a, reward, terminated, next_observation, done, ended))
-
-        for i in np.flatnonzero(done):
-            episodes["charts/episodic_return"].append(env_return[i])
-            episodes["charts/episodic_length"].append(length[i])
-        env_return[ended] = length[ended] = 0
 
         # ---- Score the frames of several steps in one batch, and store
         if len(pending) == args.score_every or evaluates or saves:
@@ -1037,23 +1040,28 @@ def main() -> None:
                 frames = np.stack([p[4]["frame"] for p in pending])  # [T, N, H, W, 3]
                 scores = clip(frames.reshape(-1, *frames.shape[2:])).view(frames.shape[:2])
                 stop_if_nan("the CLIP reward", [scores])
-            for t, (s, a, r, terminated, s_next, done, ended) in enumerate(pending):
+                clip_rewards = scores.cpu().numpy()
+            for t, (s, a, reward, terminated, following, done, cut) in enumerate(pending):
+                gained = {"episodic_return": reward, "episodic_length": 1}
+                r = torch.as_tensor(reward, device=device)
                 if clip is not None:
+                    gained["clip_return"] = clip_rewards[t]
                     r = scores[t]
-                    clip_return += r.cpu().numpy()
-                    episodes["charts/clip_return"] += clip_return[done].tolist()
-                    clip_return[ended] = 0
-                r, terminated, s_next = (
-                    torch.as_tensor(x, device=device) for x in (r, terminated, s_next["state"])
-                )
-                replay.add(s, a, r, s_next, terminated, bool(ended.any()))
+                for name, value in gained.items():
+                    totals[name] += value
+                    episodes[f"charts/{name}"] += totals[name][done].tolist()
+                    totals[name][cut] = 0
+                s_next = torch.from_numpy(following["state"]).to(device)
+                terminated = torch.from_numpy(terminated).to(device)
+                replay.add(s, a, r, s_next, terminated, bool(cut.any()))
                 normaliser.update(s_next)
             pending.clear()
             lap("clip")
 
         # ---- Evaluate, save, reset, log
         if evaluates or saves:
-            stop_if_nan("the policy", [*losses.values(), *actor.parameters()])
+            networks = (*actor.parameters(), *critic.parameters(), *normaliser.buffers())
+            stop_if_nan("a network", [*losses.values(), *networks, log_ent_coef])
         if evaluates:
             summary, _ = evaluate(envs, policy, clip, args.eval_episodes, (args.seed, 1), args)
             if video_envs is not None:
@@ -1097,4 +1105,4 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        raise SystemExit("stopped; --resume continues from the last checkpoint") from None
+        raise SystemExit("stopped; --resume continues a run from its last checkpoint") from None
