@@ -187,7 +187,7 @@ FURNITURE = {
     ]),
 }  # fmt: skip
 # Where toys lie on it: height, half the width, and the middle towards the back.
-SURFACES = {"bed": (0.33, 0.3, -0.34), "table": (0.425, 0.3, 0.0), "sofa": (0.28, 0.35, -0.08)}
+SURFACES = {"bed": (0.33, 0.3, -0.34), "table": (0.425, 0.3, 0.0), "sofa": (0.28, 0.27, -0.12)}
 
 
 EYE, HAND, RADIUS = 0.75, (0.5, 0.6), 0.2  # m: height of the eye; hand: ahead, height; body
@@ -223,7 +223,7 @@ class PlayhouseEnv(gym.Env):
     | --- | --------------------------- | --- | ---------------------------------------------- |
     | 0   | walk 0.2 m forward          | 5   | look 25 degrees lower (down to -50)            |
     | 1   | walk 0.2 m back             | 6   | grab the nearest toy in reach that is central  |
-    | 2   | turn 20 degrees to the left | 7   | release it                                     |
+    | 2   | turn 20 degrees to the left | 7   | release it, where there is room                |
     | 3   | turn 20 degrees to the right| 8   | stay                                           |
     | 4   | look 25 degrees higher      |     |                                                |
 
@@ -251,7 +251,7 @@ class PlayhouseEnv(gym.Env):
     `reset(options={"goal": goal})` sets the goal. `info["goal"]` is its index in `GOALS`, and
     `info["success"]` says whether the simulator's state is one of the goal: a toy is *found* when
     it is within 1.2 m, in the middle of the view and not hidden, *lifted* when it is in the hand,
-    and *placed* when it is not in the hand and touches the bed, the table or the toy box's inside.
+    and *placed* when it is not in the hand and rests on the bed or the table, or in the toy box.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 10}
@@ -277,7 +277,7 @@ class PlayhouseEnv(gym.Env):
         quality, look = spec.visual.quality, spec.visual
         quality.numslices, quality.numstacks, quality.offsamples = 10, 6, 0
         look.global_.offwidth, look.global_.offheight = self.width, self.height
-        look.map.znear = 0.02
+        look.map.znear, spec.stat.extent = 0.02, 1  # m: znear counts in extents
         look.headlight.ambient, look.headlight.diffuse = (0.35,) * 3, (0.3,) * 3
         spec.worldbody.add_light(
             type=mujoco.mjtLightType.mjLIGHT_DIRECTIONAL,
@@ -395,7 +395,7 @@ class PlayhouseEnv(gym.Env):
             rgba = (*(rgb or COLOURS[colour]), 1)
             body.add_geom(
                 type=type_, size=size, pos=pos, quat=quat, rgba=rgba, density=200,
-                friction=(1, 0.02, 0.01), group=TOY_GROUP,
+                friction=(1, 0.02, 0.01), condim=6, group=TOY_GROUP,
             )  # fmt: skip
 
     def _agent(self, spec: mujoco.MjSpec) -> None:
@@ -408,7 +408,7 @@ class PlayhouseEnv(gym.Env):
         shapes = mujoco.mjtGeom
         agent.add_geom(
             type=shapes.mjGEOM_CYLINDER, size=(RADIUS, 0.35, 0), pos=(0, 0, 0.4),
-            rgba=(0, 0, 0, 0), density=2000, group=TOY_GROUP,
+            rgba=(0, 0, 0, 0), density=2000, group=TOY_GROUP, condim=1, priority=1,  # slides
         )  # fmt: skip
         skin = {"type": shapes.mjGEOM_BOX, "contype": 0, "conaffinity": 0}
         skin |= {"rgba": (0.85, 0.62, 0.48, 1)}
@@ -425,7 +425,10 @@ class PlayhouseEnv(gym.Env):
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
         rng = self.np_random
-        self.goal = (options or {}).get("goal") or self.goals[int(rng.integers(len(self.goals)))]
+        drawn = self.goals[int(rng.integers(len(self.goals)))]  # always: a seed is a home
+        self.goal = (options or {}).get("goal", drawn)
+        if self.goal not in GOALS:
+            raise ValueError(f"goal {self.goal}: not one of GOALS")
         toy = self.goal.colour, self.goal.kind
         others = [other for other in TOY_NAMES if other != toy]
         rng.shuffle(others)
@@ -463,8 +466,7 @@ class PlayhouseEnv(gym.Env):
         if name == "grab" and self.held is None:
             self._grab()
         elif name == "release" and self.held is not None:
-            self._solid(self.held, True)
-            self.held = None
+            self._release()
         self._tilt = min(max(self._tilt + {"up": 1, "down": -1}.get(name, 0), 0), len(TILTS) - 1)
         stride = {"forward": STRIDE, "back": -STRIDE}.get(name, 0.0)
         turn = {"left": TURN, "right": -TURN}.get(name, 0.0)
@@ -485,11 +487,30 @@ class PlayhouseEnv(gym.Env):
         reachable = [
             (distance, toy)
             for distance, angle, toy in views
-            if distance < REACH and angle < math.radians(22)
+            if distance < REACH and angle < math.radians(22) and self._in_sight(toy)
         ]
         if reachable:
             self.held = min(reachable)[1]
             self._solid(self.held, False)
+
+    def _in_sight(self, toy: int) -> bool:
+        """No wall or furniture stands between the eye and the toy."""
+        eye = self.data.camera(f"eye{self._tilt}").xpos
+        hit, home = np.zeros(1, np.int32), np.array([1, 0, 0, 0, 0, 0], np.uint8)
+        agent = self.model.body("agent").id  # the hand does not hide it
+        to_toy = self.toy_position(toy) - eye
+        free = mujoco.mj_ray(self.model, self.data, eye, to_toy, home, True, agent, hit)
+        return free < 0 or free > 1  # in units of the ray
+
+    def _release(self) -> None:
+        self._solid(self.held, True)
+        mujoco.mj_collision(self.model, self.data)
+        contact = self.data.contact
+        own = (self.model.geom_bodyid[contact.geom] == self._toys[self.held].id).any(1)
+        if (contact.dist[own] < -0.02).any():
+            self._solid(self.held, False)  # no room for it: it stays in the hand
+        else:
+            self.held = None
 
     def _carry(self) -> None:
         """The held toy goes where the hand is: ahead of the body, on this side of a wall."""
@@ -497,7 +518,7 @@ class PlayhouseEnv(gym.Env):
         hand, ahead = np.array([x, y, HAND[1]]), np.array([math.cos(yaw), math.sin(yaw), 0])
         hit, group = np.zeros(1, np.int32), np.array([1, 0, 0, 0, 0, 0], np.uint8)
         free = mujoco.mj_ray(self.model, self.data, hand, ahead, group, True, -1, hit)
-        reach = HAND[0] if free < 0 else min(HAND[0], max(free - 0.15, 0.0))
+        reach = HAND[0] if free < 0 else min(HAND[0], max(free - 0.15, RADIUS))
         joint = self.model.joint(self._toys[self.held].jntadr[0])
         # Turned half aside, so that one sees what it is.
         self.data.qpos[joint.qposadr[0] :][:7] = *(hand + reach * ahead), *about_z(yaw + 1)
@@ -523,13 +544,16 @@ class PlayhouseEnv(gym.Env):
         return self.data.xpos[self._toys[toy].id]
 
     def points_on(self, place: str) -> np.ndarray:
-        """Where a toy can lie there, [K, 2]."""
+        """Where the goal's toy can lie there, apart from the others: [K, 2]."""
         w, d, _ = FURNITURE[place]
         x, y, angle = self.furniture[place]
         c, s = math.cos(angle), math.sin(angle)
         inner = np.linspace(-1, 1, 9)[:, None] * (w - 0.28, d - 0.28)
         local = np.stack(np.meshgrid(*inner.T), -1).reshape(-1, 2)
-        return local @ np.array([[c, s], [-s, c]]) + (x, y)
+        points = local @ np.array([[c, s], [-s, c]]) + (x, y)
+        others = np.array([self.toy_position(toy)[:2] for toy in range(1, len(self.toys))])
+        apart = np.linalg.norm(points[:, None] - others, axis=-1).min(1)
+        return points[apart > 0.35]
 
     # ---- Truth
 
@@ -567,15 +591,20 @@ class PlayhouseEnv(gym.Env):
         return bool((np.abs(middle - 0.5) < 0.2).all())
 
     def _placed(self, toy: int, place: str) -> bool:
-        pairs = self.model.geom_bodyid[self.data.contact.geom]  # [C, 2]
-        touching = pairs[(pairs == self._toys[toy].id).any(1)]
-        if not (touching == self.model.body(place).id).any():
-            return False
-        *where, height = self.toy_position(toy)
-        if place != "toy box":
-            return bool(height > 0.3)  # and does not lean on a leg
-        inside = np.abs(np.array(where) - self.furniture[place][:2]).max() < 0.33
-        return bool(inside and height < 0.4)
+        body = self._toys[toy]
+        speed = self.data.qvel[self.model.joint(body.jntadr[0]).dofadr[0] :][:3]
+        if np.linalg.norm(speed) > 0.3:
+            return False  # it still falls or rolls
+        x, y, z = self.toy_position(toy)
+        if place == "toy box":
+            X, Y, _ = self.furniture[place]
+            return bool(max(abs(x - X), abs(y - Y)) < 0.33 and z < 0.4)
+        contact, below = self.data.contact, self.model.body(place).id
+        bodies = self.model.geom_bodyid[contact.geom]  # [C, 2]
+        up = contact.frame[:, 2]  # z of the normal, from the first body to the second
+        rests = (bodies == (below, body.id)).all(1) & (up > 0.7)
+        rests |= (bodies == (body.id, below)).all(1) & (up < -0.7)
+        return bool(rests.any())
 
     def _info(self) -> dict:
         return {"goal": GOALS.index(self.goal), "success": self.in_goal_state(self.goal)}
@@ -664,28 +693,27 @@ def scripted(env: PlayhouseEnv, goal: Goal) -> Iterator[int]:
     if goal.family == "place":
         yield from walk(env.points_on(goal.place), RELEASE_FROM)
         yield act("release")
-        yield from [act("stay")] * 4
+        yield from [act("stay")] * 10  # until it lies still
 
 
 gym.register("PlayhouseCLIP-v0", PlayhouseEnv, max_episode_steps=100)
 
 
-def tour(path: Path, seed: int) -> None:
-    """A video of three scripted walks, one for each family, each through a home of its own."""
-    film = []
+def tour(path: Path, seed: int) -> list[str]:
+    """A video of a walk that finds a toy, lifts it and places it; returns what it missed."""
+    goals = [goal for goal in TRAIN_GOALS if goal.family == "place"]
+    goal = goals[seed % len(goals)]
     env = PlayhouseEnv("rgb_array", width=320, height=320)
-    for i, family in enumerate(("find", "lift", "place")):
-        goals = [goal for goal in TRAIN_GOALS if goal.family == family]
-        goal = goals[(seed * 7 + i) % len(goals)]
-        frame, info = env.reset(seed=seed + i, options={"goal": goal})
-        film.append(frame)
-        for action in scripted(env, goal):
-            frame, _, _, _, info = env.step(action)
-            film.append(frame)
-        print(f"{goal.prompt}: {'reached' if info['success'] else 'missed'}")
-        film += [frame] * 10  # a second to look at it
+    film = [env.reset(seed=seed, options={"goal": goal})[0]]
+    missed = []
+    for stage in (*(Goal(family, goal.colour, goal.kind) for family in ("find", "lift")), goal):
+        film += [env.step(action)[0] for action in scripted(env, stage)]
+        if not env.in_goal_state(stage):
+            missed.append(stage.prompt)
+        film += film[-1:] * 10  # a second to look at it
     env.close()
     imageio.mimwrite(path, film, fps=10, macro_block_size=1)
+    return missed
 
 
 def main() -> None:
@@ -693,8 +721,10 @@ def main() -> None:
     if not args.tour:
         print("--tour: nothing to do without it", file=sys.stderr)
         raise SystemExit(2)
-    tour(args.output, args.seed)
+    missed = tour(args.output, args.seed)
     print(f"video: {args.output}")
+    if missed:
+        raise SystemExit(f"not reached: {', '.join(missed)}")
 
 
 if __name__ == "__main__":

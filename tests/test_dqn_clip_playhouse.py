@@ -24,6 +24,7 @@ from dqn_clip_playhouse import (  # first: it puts torch before the first GL con
 )
 
 import gymnasium as gym
+import mujoco
 import numpy as np
 from gymnasium.utils.env_checker import check_env
 
@@ -193,6 +194,31 @@ def test_found_is_near_central_and_in_sight(env):
         assert not env.in_goal_state(goal)  # gone
 
 
+@pytest.mark.parametrize(("beside", "seen"), [(0.0, True), (0.7, False)])  # doorway, wall
+def test_a_wall_hides_a_toy_from_eye_and_hand(env, beside, seen):
+    goal = Goal("find", "red", "ball")
+    for x in (0.3, 0.25):  # the second touches the wall
+        env.reset(seed=1, options={"goal": goal})
+        y = env._doorway[1] + beside
+        env.data.qpos[env._place] = x, y, np.pi
+        address = env.model.joint(env.model.body("toy0").jntadr[0]).qposadr[0]
+        env.data.qpos[address : address + 3] = x - 0.65, y, 0.13
+        env._tilt = 0
+        mujoco.mj_forward(env.model, env.data)
+        assert env.in_goal_state(goal) == seen
+        env._grab()
+        assert (env.held == 0) == seen
+
+
+def test_walking_along_a_wall_does_not_turn_the_agent(env):
+    env.reset(seed=0)
+    env.data.qpos[env._place] = env.west + 0.25, env._doorway[1], np.deg2rad(135)
+    mujoco.mj_forward(env.model, env.data)
+    for _ in range(4):
+        env.step(act("forward"))
+    assert env.data.qpos[env._place[2]] == pytest.approx(np.deg2rad(135), abs=0.05)
+
+
 def test_the_tour_is_a_video(tmp_path):
-    tour(tmp_path / "tour.mp4", seed=1)
+    assert tour(tmp_path / "tour.mp4", seed=1) == []  # nothing was missed
     assert (tmp_path / "tour.mp4").stat().st_size > 10_000
