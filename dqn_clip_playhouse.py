@@ -721,6 +721,17 @@ def main() -> None:
     if not args.tour:
         print("--tour: nothing to do without it", file=sys.stderr)
         raise SystemExit(2)
+    for condition, message in (
+        (args.seed >= 0, f"--seed {args.seed}: must be at least 0"),
+        (args.output.suffix == ".mp4", f"--output {args.output}: must end in .mp4"),
+        (
+            args.output.parent.is_dir(),
+            f"--output {args.output}: its folder does not exist; make it",
+        ),
+    ):
+        if not condition:
+            print(message, file=sys.stderr)
+            raise SystemExit(2)
     missed = tour(args.output, args.seed)
     print(f"video: {args.output}")
     if missed:

@@ -779,13 +779,14 @@ def parse_args() -> Args:
     if run is None:
         return args
     # What may differ from the run's own arguments; the rest would make it another run.
-    free = {"resume", "evaluate", "device", "worker_timeout", "clip_model"}
+    free = {"resume", "evaluate", "device"}
     if args.resume:
         saved = load_checkpoint(run, "last.pt", "--resume")["args"]
         free |= {"total_timesteps"}
     else:
         saved = load_checkpoint(run, "best.pt", "--evaluate")["args"]
-        free |= {"final_episodes", "num_envs", "precision"}
+        # The folder of the CLIP may have another path on another machine.
+        free |= {"final_episodes", "num_envs", "precision", "worker_timeout", "clip_model"}
     saved = Args(**saved)
     args = tyro.cli(Args, default=saved, description=__doc__)
     for field in fields(Args):

@@ -19,6 +19,7 @@ from dqn_clip_playhouse import (  # first: it puts torch before the first GL con
     Goal,
     PlayhouseEnv,
     about_z,
+    main,
     scripted,
     tour,
 )
@@ -99,17 +100,21 @@ def test_each_home_has_what_its_goal_needs(env):
 
 
 def test_walls_and_furniture_stop_the_agent(env):
-    env.reset(seed=0)
-    rng = np.random.default_rng(0)
-    for _ in range(300):
-        action = "forward" if rng.random() < 0.7 else str(rng.choice(ACTIONS[1:4]))
-        env.step(act(action))
-        x, y = env.position
-        assert env.west < x - 0.15 and x + 0.15 < env.east
-        assert env.south < y - 0.15 and y + 0.15 < env.north
-        for X, Y, w, d in env.obstacles:
-            tall = (X, Y, w, d) in env.obstacles[:2]  # the wall between the rooms
-            assert not tall or abs(x - X) > w + 0.15 or abs(y - Y) > d + 0.15
+    rng, touched = np.random.default_rng(0), set()
+    for seed in range(3):
+        env.reset(seed=seed)
+        for _ in range(200):
+            action = "forward" if rng.random() < 0.7 else str(rng.choice(ACTIONS[1:4]))
+            env.step(act(action))
+            x, y = env.position
+            assert env.west < x - 0.15 and x + 0.15 < env.east
+            assert env.south < y - 0.15 and y + 0.15 < env.north
+            for i, (X, Y, w, d) in enumerate(env.obstacles):
+                gap = np.hypot(max(abs(x - X) - w, 0), max(abs(y - Y) - d, 0))
+                assert gap > (0.15 if i < 2 else 0.1)  # the wall between the rooms; furniture
+                if gap < 0.22:
+                    touched.add((seed, i))
+    assert len(touched) >= 3  # else nothing was shown
 
 
 def test_walking_turning_and_looking(env):
@@ -222,3 +227,15 @@ def test_walking_along_a_wall_does_not_turn_the_agent(env):
 def test_the_tour_is_a_video(tmp_path):
     assert tour(tmp_path / "tour.mp4", seed=1) == []  # nothing was missed
     assert (tmp_path / "tour.mp4").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [(["--seed", "-1"], "--seed -1"), (["--output", "no/such.mp4"], "--output no/such.mp4")],
+)
+def test_a_bad_tour_is_one_line(flags, words, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["dqn_clip_playhouse.py", "--tour", *flags])
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    errors = capsys.readouterr().err
+    assert exit_.value.code == 2 and words in errors and errors.count("\n") == 1

@@ -542,11 +542,16 @@ def test_no_gl_library_names_the_packages(tmp_path):
     assert "libegl1" in result.stderr and "MUJOCO_GL=osmesa" in result.stderr
 
 
-def test_a_resumed_run_keeps_its_arguments(finished):
+@pytest.mark.parametrize(
+    ("option", "value", "old"),
+    [("--gamma", "0.9", "0.95"), ("--clip-model", "other", "random_clip"),
+     ("--worker-timeout", "9.0", "60.0")],
+)  # fmt: skip
+def test_a_resumed_run_keeps_its_arguments(finished, option, value, old):
     run, _ = finished
-    result = train(run.parents[1], "--resume", run, "--gamma", "0.9")
-    assert result.returncode == 2
-    assert "--gamma 0.9" in result.stderr and "0.95" in result.stderr
+    result = train(run.parents[1], "--resume", run, option, value)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert f"{option} {value}" in result.stderr and old in result.stderr
 
 
 def test_a_damaged_checkpoint_is_named(finished, tmp_path):
