@@ -72,7 +72,7 @@ class Args:
     seed: int = 1  # of networks, action noise, replay and every reset
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where CLIP, networks and replay live; auto takes CUDA if there is one"""
-    total_timesteps: int = 300_000  # environment steps, over all environments
+    total_timesteps: int = 200_000  # environment steps, over all environments
     num_envs: int = 16  # worker processes, one humanoid in each
     eval_every: int = 16_000  # env steps between evaluations; also the rhythm of the videos
     eval_episodes: int = 16  # episodes of each evaluation during training
@@ -96,7 +96,7 @@ class Args:
     """coloured limbs, sky and floor; --no-textured is the plain body (the paper's ablation)"""
     camera: Literal["fixed", "track"] = "fixed"
     """the paper's camera, or the one fixed to the body (the paper's ablation)"""
-    frame_size: int = 96  # width and height in pixels of the frames that CLIP sees
+    frame_size: int = 144  # width and height in pixels of the frames that CLIP sees
 
     # ---- CLIP reward
 
@@ -299,7 +299,7 @@ TASKS = {
     "one_leg": Task("a humanoid robot standing up on one leg", one_leg),
 }
 
-# Limbs that can be told apart at 96 pixels; each colour tints the body's procedural texture.
+# Limbs that can be told apart at 144 pixels; each colour tints the body's procedural texture.
 COLOURS = {
     "head": (0.95, 0.95, 0.97),
     "hand": (0.95, 0.85, 0.20),
@@ -359,7 +359,7 @@ class HumanoidEnv(MujocoHumanoid):
     | `textured`                 | `True`       | coloured limbs, sky and floor, or the plain body |
     | `camera`                   | `"fixed"`    | the paper's, or `"track"`, the body's own        |
     | `terminate_when_unhealthy` | `False`      | end the episode at a fall                        |
-    | `width`, `height`          | 96           | size of the frame in pixels                      |
+    | `width`, `height`          | 144          | size of the frame in pixels                      |
 
     `info["goal_state"]` is `in_goal_state()` after the step; evaluation counts it, no reward does.
     """
@@ -373,8 +373,8 @@ class HumanoidEnv(MujocoHumanoid):
         textured: bool = True,
         camera: Literal["fixed", "track"] = "fixed",
         terminate_when_unhealthy: bool = False,
-        width: int = 96,
-        height: int = 96,
+        width: int = 144,
+        height: int = 144,
     ):
         if task is not None and task not in TASKS:
             raise ValueError(f"task {task!r}: choose one of {', '.join(TASKS)}")
@@ -915,7 +915,7 @@ def main() -> None:
             project=args.wandb_project_name, entity=args.wandb_entity, name=run.name,
             config=asdict(args), sync_tensorboard=True, save_code=True,
         )  # fmt: skip
-    writer = SummaryWriter(run, purge_step=step if args.resume else None)
+    writer = SummaryWriter(run, purge_step=step + 1 if args.resume else None)
     arguments = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(args).items()}
     rows = "\n".join(f"|{key}|{value}|" for key, value in arguments.items())
     writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}", step)
@@ -1080,6 +1080,7 @@ def main() -> None:
             replay.save(run / "replay", saved_row)
             saved_row = replay.head
             save_checkpoint("last.pt")
+            writer.flush()
             lap("checkpoint")
         observation = reset(ended) if ended.any() else next_observation
         lap("env")

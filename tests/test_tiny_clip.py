@@ -1,5 +1,6 @@
 """The bundled CLIP: what it promises, and that its captions keep the held-out sentences out."""
 
+import re
 import warnings
 from pathlib import Path
 
@@ -9,6 +10,7 @@ HERE = Path(__file__).parent
 from sac_clip_humanoid import TASKS, HumanoidEnv  # first: it puts torch before any GL context
 
 import numpy as np
+import train_tiny_clip
 from clip_accuracy import Generator, auc
 from clip_reward import CLIPReward
 from train_tiny_clip import (
@@ -104,3 +106,35 @@ def test_its_reward_tells_goal_states_from_others(reward):
     for i, name in enumerate(TASKS):
         assert labels[:, i].sum() >= 5, name
         assert auc(rewards[:, i].astype(float), labels[:, i]) > 0.9, name
+
+
+class HerePool:
+    """Runs a pool's jobs in this process."""
+
+    def map(self, function, jobs, chunk):
+        return [function(job) for job in jobs]
+
+
+def test_the_search_climbs_towards_states_that_are_overrated(monkeypatch, capsys):
+    monkeypatch.setattr(train_tiny_clip, "LINEAGES", 8)
+    monkeypatch.setattr(train_tiny_clip, "GENERATIONS", 3)
+    train_tiny_clip.open_studio(train_tiny_clip.Args())
+    known = train_tiny_clip.new_states((600, 0))
+
+    def score(frames, captions):  # a CLIP that rates whatever is low in its view
+        rows = np.linspace(-1, 1, frames.shape[1])[:, None]
+        teal = (frames[..., 1] > frames[..., 0] + 20).astype(np.float32)  # the legs
+        low = (teal * rows).sum((1, 2)) / (teal.sum((1, 2)) + 1)
+        return np.repeat(low[:, None], len(captions), 1)
+
+    found = train_tiny_clip.overrated_states(score, HerePool(), known, np.random.default_rng(0))
+    numbers = [float(word) for word in re.findall(r"-?\d+\.\d+", capsys.readouterr().out)]
+    before, after = np.array(numbers).reshape(-1, 2).T
+    assert (after >= before).all() and (after > before + 0.02).mean() > 0.5
+    assert len(found.frames) == len(train_tiny_clip.SOUGHT) * 8 * 3
+    env = train_tiny_clip.studio.env
+    for i in range(0, len(found.frames), 40):  # what it says of a state is true of it
+        env.set_state(found.qpos[i], np.zeros(env.model.nv))
+        truth = describe(env)
+        np.testing.assert_allclose(found.truths[i], [truth[name] for name in ATTRIBUTES], atol=1e-5)
+    env.close()

@@ -1,28 +1,33 @@
-"""Train the bundled tiny CLIP from scratch, on renders of the humanoid and captions of its pose.
+"""Train the bundled tiny CLIP from scratch, on renders of our worlds and captions of their states.
 
     python tests/train_tiny_clip.py                        # under an hour on 2 CPU cores
     python tests/train_tiny_clip.py --width 96 --layers 4  # a smaller one, for the scaling trend
 
 States come from scripted poses with noise, from stiff settling on the floor, from physics after
-that, and from random falls: an agent visits what nobody scripted. Every image gets a graded truth
-in [0, 1] for each attribute (a stance, or what the arms do), measured on the body's geometry in
-this file and never with the `TASKS` predicates, which mark the agents. A caption is a conjunction
-of attributes in random words, and its truth the smallest of theirs, so the loss knows for every
-image of a batch and every caption of it whether they match.
+that, and from random falls. An agent visits what nobody scripted: whatever the CLIP overrates. So,
+several times during the training, a hill climb over poses looks for states that the CLIP of that
+moment overrates, and what it visits is added to the training states. Every image gets a graded
+truth in [0, 1] for each attribute (a stance, or what the arms do), measured on the body's geometry
+in this file and never with the `TASKS` predicates, which mark the agents. A caption is a
+conjunction of attributes in random words, and its truth the smallest of theirs, so the loss knows
+for every image of a batch and every caption of it whether they match.
 """
 
 import json
 import math
-import multiprocessing
+import multiprocessing.pool
 import re
 import sys
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 from sac_clip_humanoid import HumanoidEnv  # first: it puts torch before the first GL context
 
+import home_states
 import mujoco
 import numpy as np
 import open_clip
@@ -31,7 +36,7 @@ import torch.nn.functional as F
 import tyro
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 HERE = Path(__file__).parent
 
@@ -40,10 +45,16 @@ HERE = Path(__file__).parent
 class Args:
     output: Path = HERE / "tiny_clip"
     """folder to write, in open_clip's own format"""
+    start: Path | None = None
+    """folder of a CLIP to train further, instead of a new one: of this size, but for the pixels"""
     minutes: float = 42.0
     """length of the training itself, after the rendering; the learning rate decays to its end"""
     states: int = 90_000
-    """rendered states"""
+    """rendered states of the humanoid"""
+    homes: int = 0
+    """rendered states of the playhouse, trained on in every second step; 0 leaves it out"""
+    searches: int = 7
+    """searches for states that the CLIP overrates, spread over the training; 0 for none"""
     batch_size: int = 128
     """images per step"""
     captions: int = 128
@@ -54,9 +65,9 @@ class Args:
     """of the image tower"""
     layers: int = 6
     """of the image tower"""
-    resolution: int = 96
+    resolution: int = 144
     """of the frames in pixels"""
-    patch: int = 16
+    patch: int = 24
     """in pixels; the number of patches sets the speed"""
     textured: bool = True
     """the look of the humanoid in the frames"""
@@ -197,6 +208,10 @@ STANCE_POSES = {
     "kneel": {"hip_y": 0, "knee": -95},
     "kneel_low": {"hip_y": -50, "knee": -150, "pitch": 15},
     "kneel_wide": {"hip_x": -20, "hip_y": -15, "knee": -105},
+    "kneel_turned_out": {"right:hip_z": -40, "knee": -95},
+    "kneel_turned_in": {"right:hip_z": 25, "knee": -95},
+    "one_knee_just_off": {"right:hip_y": -18, "right:knee": -110, "left:knee": -98},
+    "one_knee_off": {"right:hip_y": -40, "right:knee": -115, "left:knee": -95},
     "half_kneel": {"right:hip_y": -85, "right:knee": -90, "left:knee": -95},
     "splits": {"hip_x": -25, "hip_z": -60, "hip_y": -80, "knee": -2, "pitch": 18},
     "near_splits": {"hip_x": -20, "hip_z": -30, "hip_y": -85, "knee": -15, "pitch": 10},
@@ -211,6 +226,7 @@ STANCE_POSES = {
 }
 STANCE_WEIGHTS = {
     "stand": 5, "stand_bent": 2, "stand_staggered": 2, "stand_wide": 2, "kneel": 3, "splits": 4,
+    "kneel_low": 2, "one_knee_just_off": 2, "one_knee_off": 2, "half_kneel": 2,
     "lotus": 4, "one_leg": 2, "one_leg_back": 2, "one_leg_low": 3, "one_leg_low_back": 2,
 }  # fmt: skip
 ARM_WEIGHTS = {"raised": 2, "hips": 3, "crossed": 3}
@@ -296,17 +312,34 @@ def scripted_state(env: HumanoidEnv, stiff: mujoco.MjModel, rng: np.random.Gener
     yaw = rng.uniform(-turn, turn)
     qpos[3:7] = yaw_tilt(yaw, rng.normal(roll, lean), rng.normal(pitch, lean))
     qpos[7:] = np.clip(angles, low, high)
+    settles = bool(rng.random() < 0.6)
+    put_down(env, stiff, qpos, rng.uniform(0.04, 0.5) if rng.random() < 0.12 else 0, settles, rng)
+
+
+def put_down(
+    env: HumanoidEnv, stiff: mujoco.MjModel, qpos: np.ndarray, height: float, settles: bool,
+    rng: np.random.Generator,
+) -> None:  # fmt: skip
+    """Take a pose [24] at a height over the floor; it may settle there, with its joints held."""
     env.set_state(qpos, np.zeros(env.model.nv))
-    qpos[2] -= lowest_point(env)
-    if rng.random() < 0.12:
-        qpos[2] += rng.uniform(0.04, 0.5)
+    qpos[2] += height - lowest_point(env)
     env.set_state(qpos, np.zeros(env.model.nv))
-    if rng.random() < 0.6:  # hold the joints and let the body settle
+    if settles:
         stiff.qpos_spring[:] = qpos
         data = mujoco.MjData(stiff)
         data.qpos[:] = qpos
         mujoco.mj_step(stiff, data, nstep=5 * int(rng.integers(5, 40)))
         env.set_state(data.qpos, data.qvel)
+
+
+def vary(qpos: np.ndarray, model: mujoco.MjModel, rng: np.random.Generator) -> np.ndarray:
+    """A neighbour [24] of a pose: some joints or all of them turned, the body tilted."""
+    qpos = qpos.copy()
+    some = rng.random(17) < rng.choice([0.15, 0.4, 1.0])
+    qpos[7:] += some * rng.normal(0, np.deg2rad(rng.choice([4, 12, 30])), 17)
+    qpos[7:] = np.clip(qpos[7:], *model.jnt_range[1:].T)
+    mujoco.mju_quatIntegrate(qpos[3:7], rng.normal(0, np.deg2rad(rng.choice([2, 8])), 3), 1.0)
+    return qpos
 
 
 def random_walk(env: HumanoidEnv, steps: int, rng: np.random.Generator):
@@ -459,41 +492,77 @@ def geometry(env: HumanoidEnv) -> np.ndarray:
     return np.float32([[*x.ravel(), *gap, p.upright] for x, gap in zip(sides, gaps, strict=True)])
 
 
-def render_states(job: tuple[Args, int, int]):
-    """frames [n, H, W, 3] uint8, truths [n, A] float32, geometry [n, 2, K] float32."""
-    args, count, seed = job
-    rng = np.random.default_rng(seed)
-    size = args.resolution
-    env = HumanoidEnv(
-        None, "rgb_array", textured=args.textured, camera=args.camera, width=size, height=size
-    )
-    stiff = HumanoidEnv(None).model  # the same body, with springs that hold its joints
-    stiff.opt.integrator = mujoco.mjtIntegrator.mjINT_IMPLICITFAST
-    stiff.jnt_stiffness[1:], stiff.dof_damping[6:] = 300, 20
+class States(NamedTuple):
+    """n states of the humanoid, and what is known of them."""
+
+    qpos: np.ndarray  # [n, 24]
+    frames: np.ndarray  # [n, H, W, 3] uint8
+    truths: np.ndarray  # [n, A] float32, of each attribute
+    points: np.ndarray  # [n, 2, K] float32, as `geometry` returns them
+
+
+class Studio:
+    """A humanoid in front of a camera; `shots` holds what was photographed."""
+
+    def __init__(self, args: Args):
+        size = args.resolution
+        self.env = HumanoidEnv(
+            None, "rgb_array", textured=args.textured, camera=args.camera, width=size, height=size
+        )
+        self.stiff = HumanoidEnv(None).model  # the same body, with springs that hold its joints
+        self.stiff.opt.integrator = mujoco.mjtIntegrator.mjINT_IMPLICITFAST
+        self.stiff.jnt_stiffness[1:], self.stiff.dof_damping[6:] = 300, 20
+        self.env.reset(seed=0)
+        self.shots = []
+
+    def shoot(self) -> None:
+        truth = describe(self.env)
+        truth = np.float32([truth[attribute] for attribute in ATTRIBUTES])
+        qpos = self.env.data.qpos.copy()
+        self.shots.append((qpos, self.env.render(), truth, geometry(self.env)))
+
+    def develop(self, count: int) -> States:
+        states = States(*map(np.stack, zip(*self.shots[:count], strict=True)))
+        self.shots.clear()
+        return states
+
+
+def open_studio(args: Args) -> None:
+    """One per process, kept open: a renderer is slow to make."""
+    global studio
+    studio = Studio(args)
+
+
+def new_states(job: tuple[int, int]) -> States:
+    """Scripted poses, settled bodies and falls: a count of them, by a seed."""
+    count, seed = job
+    rng, env = np.random.default_rng(seed), studio.env
     env.reset(seed=seed)
-    frames, truths, points = [], [], []
-
-    def snapshot():
-        frames.append(env.render())
-        truth = describe(env)
-        truths.append([truth[attribute] for attribute in ATTRIBUTES])
-        points.append(geometry(env))
-
-    while len(frames) < count:
+    while len(studio.shots) < count:
         if rng.random() < 0.12:  # an untrained agent: from the start, into a fall
             env.reset()
             for step, _ in enumerate(random_walk(env, int(rng.integers(20, 100)), rng)):
                 if step % 20 == 10:
-                    snapshot()
+                    studio.shoot()
         else:
-            scripted_state(env, stiff, rng)
-            snapshot()
+            scripted_state(env, studio.stiff, rng)
+            studio.shoot()
             if rng.random() < 0.35:
                 for _ in random_walk(env, int(rng.integers(2, 30)), rng):
                     pass
-                snapshot()
-    env.close()
-    return np.stack(frames[:count]), np.float32(truths[:count]), np.stack(points[:count])
+                studio.shoot()
+    return studio.develop(count)
+
+
+def varied_states(job: tuple[np.ndarray, int]) -> States:
+    """One neighbour of each pose [n, 24], on the floor, by a seed."""
+    poses, seed = job
+    rng = np.random.default_rng(seed)
+    for qpos in poses:
+        qpos = vary(qpos, studio.env.model, rng)
+        put_down(studio.env, studio.stiff, qpos, 0, bool(rng.random() < 0.6), rng)
+        studio.shoot()
+    return studio.develop(len(poses))
 
 
 # ---- Training -----------------------------------------------------------------------------------
@@ -522,25 +591,92 @@ def sample_meanings(truth: np.ndarray, count: int, rng: np.random.Generator) -> 
     return meanings
 
 
-def render_all(args: Args) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """All the training states, as `render_states` returns them, on every core."""
-    chunk = 1000
-    jobs = [(args, chunk, 1000 * args.seed + i) for i in range(math.ceil(args.states / chunk))]
-    with multiprocessing.get_context("spawn").Pool() as pool:
-        parts = pool.map(render_states, jobs, 1)
-    frames, truths, points = map(np.concatenate, zip(*parts, strict=True))
-    return frames, truths, points
+def new_homes(job: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    resolution, count, seed = job
+    return home_states.HomeStudio(resolution, seed).states(count)
+
+
+def run_jobs(pool: multiprocessing.pool.Pool, function, jobs: list) -> Iterable[np.ndarray]:
+    """Runs them on every core, and joins what they return, part by part."""
+    return map(np.concatenate, zip(*pool.map(function, jobs, 1), strict=True))
+
+
+# What an agent may be asked for, and so what the search looks for.
+SOUGHT = [(s,) for s in dict.fromkeys(COMMON)] + [("standing", a) for a in ARMS]
+LINEAGES, GENERATIONS = 64, 8  # of the hill climb, per meaning
+
+
+def overrated_states(
+    score: Callable[[np.ndarray, list[str]], np.ndarray],
+    pool: multiprocessing.pool.Pool,
+    known: States,
+    rng: np.random.Generator,
+) -> States:
+    """What a hill climb from the `known` states visits on its way to those that CLIP overrates.
+
+    `score(frames [n, H, W, 3], captions [c])` is the cosine [n, c]. It is put on the scale of the
+    truth by its means over the true and over the other known states, and each lineage keeps of
+    parent and child the one whose score exceeds the truth by more.
+    """
+
+    def truth_of(meaning: tuple[str, ...], states: States) -> np.ndarray:
+        return states.truths[:, [ATTRIBUTES.index(a) for a in meaning]].min(1)
+
+    captions = [caption(meaning, rng) for meaning in SOUGHT]
+    scores = score(known.frames, captions)  # [n, c]
+    poses, excess, scale = [], [], []
+    for meaning, s in zip(SOUGHT, scores.T, strict=True):
+        truth = truth_of(meaning, known)
+        zero, one = s[truth < 0.1].mean(), s[truth > 0.9].mean()
+        e = (s - zero) / (one - zero) - truth
+        parents = rng.choice(np.argsort(-e)[: 6 * LINEAGES], LINEAGES, replace=False)
+        poses.append(known.qpos[parents])
+        excess.append(e[parents])
+        scale.append((zero, one))
+    poses, excess = np.concatenate(poses), np.concatenate(excess)
+    before = excess.reshape(len(SOUGHT), -1).mean(1)
+    visited = []
+    for _ in range(GENERATIONS):
+        jobs = [(part, int(rng.integers(2**31))) for part in np.array_split(poses, 8)]
+        children = States(*run_jobs(pool, varied_states, jobs))
+        scores = score(children.frames, captions)
+        for i, (meaning, (zero, one)) in enumerate(zip(SOUGHT, scale, strict=True)):
+            own = slice(i * LINEAGES, (i + 1) * LINEAGES)
+            e = (scores[own, i] - zero) / (one - zero) - truth_of(meaning, children)[own]
+            better = e > excess[own]
+            excess[own] = np.where(better, e, excess[own])
+            poses[own] = np.where(better[:, None], children.qpos[own], poses[own])
+        visited.append(children)
+    after = excess.reshape(len(SOUGHT), -1).mean(1)
+    print("overrated by, before and after the climb:", ", ".join(
+        f"{' '.join(m)} {b:.2f} {a:.2f}" for m, b, a in zip(SOUGHT, before, after, strict=True)
+    ), flush=True)  # fmt: skip
+    return States(*map(np.concatenate, zip(*visited, strict=True)))
 
 
 def main(args: Args) -> None:
     rng = np.random.default_rng(args.seed)
     torch.manual_seed(args.seed)
     start = time.time()
-    frames, truths, points = render_all(args)
-    print(f"{len(frames)} states in {time.time() - start:.0f} s; mean truth of each attribute:")
-    print({a: round(float(m), 3) for a, m in zip(ATTRIBUTES, truths.mean(0), strict=True)})
-    points = (points - points.mean((0, 1))) / (points.std((0, 1)) + 1e-3)
+    pool = multiprocessing.get_context("spawn").Pool(initializer=open_studio, initargs=(args,))
 
+    def jobs(count: int) -> list[tuple[int, int]]:
+        chunk = min(1000, count)
+        return [(chunk, 1000 * args.seed + i) for i in range(math.ceil(count / chunk))]
+
+    states = States(*run_jobs(pool, new_states, jobs(args.states)))
+    scripted = len(states.frames)
+    center, spread = states.points.mean((0, 1)), states.points.std((0, 1)) + 1e-3
+    print(f"{scripted} states in {time.time() - start:.0f} s; mean truth of each attribute:")
+    print({a: round(float(m), 3) for a, m in zip(ATTRIBUTES, states.truths.mean(0), strict=True)})
+    if args.homes:
+        home_jobs = [(args.resolution, *job) for job in jobs(args.homes)]
+        home_frames, home_truths, shares = run_jobs(pool, new_homes, home_jobs)
+        print(f"{len(home_frames)} states of homes after {time.time() - start:.0f} s")
+        share_center, share_spread = shares.mean(0), shares.std(0) + 1e-3
+        told = np.flatnonzero((home_truths > 0.5).any((1, 2, 3)))  # something can be said of them
+
+    fast_bf16 = torch.cpu._is_avx512_bf16_supported()  # elsewhere it is emulated, and slow
     config = {
         "embed_dim": 128,
         "vision_cfg": {
@@ -562,51 +698,99 @@ def main(args: Args) -> None:
     tokenizer = open_clip.SimpleTokenizer(context_length=32)
     with torch.no_grad():
         model.logit_scale.fill_(math.log(10))
+    if args.start is not None:
+        weights = load_file(args.start / "open_clip_model.safetensors")
+        weights = {name: w.float() for name, w in weights.items()}
+        patches = weights["visual.conv1.weight"]  # [W, 3, p, p]: on a larger frame, larger ones
+        resized = F.interpolate(patches, (args.patch, args.patch), mode="bilinear")
+        weights["visual.conv1.weight"] = resized * (patches.shape[-1] / args.patch) ** 2
+        model.load_state_dict(weights)
     bias = torch.nn.Parameter(torch.tensor(-4.0))
-    head = torch.nn.Linear(args.width, points.shape[-1])
+    heads = [torch.nn.Linear(args.width, len(center))]
+    if args.homes:
+        heads.append(torch.nn.Linear(args.width, len(share_center)))
     pooled = {}
     model.visual.ln_post.register_forward_hook(
         lambda module, inputs, output: pooled.update(x=output[:, 0] if output.ndim == 3 else output)
     )
     optimizer = torch.optim.AdamW(
-        [*model.parameters(), *head.parameters(), bias], lr=args.learning_rate, weight_decay=0.05
+        [*model.parameters(), *(p for head in heads for p in head.parameters()), bias],
+        lr=args.learning_rate,
+        weight_decay=0.05,
     )
     pairs = [(s,) for s in STANCES] + [(s, a) for s in STANCES for a in ARMS]
-    true_of = [
-        np.flatnonzero((truths[:, [ATTRIBUTES.index(a) for a in pair]] > 0.5).all(1))
-        for pair in pairs
-    ]
-    true_of = [indices for indices in true_of if len(indices) >= 20]
-    frames, truths, points = map(torch.from_numpy, (frames, truths, points))
+
+    def true_states() -> list[np.ndarray]:
+        """Indices of the states that match each pair of attributes, where it is not a rarity."""
+        matches = [
+            np.flatnonzero((states.truths[:, [ATTRIBUTES.index(a) for a in pair]] > 0.5).all(1))
+            for pair in pairs
+        ]
+        return [indices for indices in matches if len(indices) >= 20]
+
+    def prepare(images: np.ndarray) -> torch.Tensor:  # [B, H, W, 3] to [B, 3, H, W]
+        return (torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255 - mean) / std
+
+    @torch.no_grad()
+    def score(images: np.ndarray, texts: list[str]) -> np.ndarray:
+        with torch.autocast("cpu", torch.bfloat16, enabled=fast_bf16):
+            text = F.normalize(model.encode_text(tokenizer(texts)).float(), dim=-1)
+            parts = [
+                F.normalize(model.encode_image(prepare(images[i : i + 256])).float(), dim=-1)
+                for i in range(0, len(images), 256)
+            ]
+        return (torch.cat(parts) @ text.T).numpy()
+
+    # A batch of either world: images [B, 3, H, W], what the head regresses, captions, and how true
+    # each caption is of each image [B, C].
+
+    def humanoid_batch():
+        index = rng.integers(len(states.frames), size=args.batch_size)
+        if searches:  # a quarter of the batch: states that were overrated
+            index[1::4] = rng.integers(scripted, len(states.frames), size=len(index[1::4]))
+        for i in range(0, args.batch_size, 2):  # half of it: a balanced choice of meanings
+            index[i] = rng.choice(true_of[rng.integers(len(true_of))])
+        image = prepare(states.frames[index])
+        mirrored = int(rng.integers(2))  # the body is symmetric, and no caption says left or right
+        image = image.flip(-1) if mirrored else image
+        target = (states.points[index, mirrored] - center) / spread
+        truth = states.truths[index]  # [B, A]
+        meanings = sample_meanings(truth, args.captions, rng)
+        captions = [caption(meaning, rng) for meaning in meanings]
+        columns = [[ATTRIBUTES.index(a) for a in meaning] for meaning in meanings]
+        match = np.stack([truth[:, c].min(1, initial=1) for c in columns], 1)
+        return image, target, captions, match
+
+    def home_batch():
+        index = rng.integers(len(home_frames), size=args.batch_size)
+        index[::2] = rng.choice(told, len(index[::2]))
+        meanings = home_states.sample_meanings(home_truths[index], args.captions, rng)
+        captions = [home_states.caption(meaning, rng) for meaning in meanings]
+        match = np.stack([home_states.truth_of(m, home_truths[index]) for m in meanings], 1)
+        target = (shares[index] - share_center) / share_spread
+        return prepare(home_frames[index]), target, captions, match
+
     mean, std = torch.tensor([OPENAI_DATASET_MEAN, OPENAI_DATASET_STD]).view(2, 1, 3, 1, 1)
-    words, start, step = set(), time.time(), 0
+    true_of, start, step, searches = true_states(), time.time(), 0, 0
+    words = set((args.start / "vocabulary.txt").read_text().split()) if args.start else set()
     while (progress := (time.time() - start) / (60 * args.minutes)) < 1:
         rate = min(1, (step + 1) / 200) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
         for group in optimizer.param_groups:
             group["lr"] = args.learning_rate * rate
-        index = rng.integers(len(frames), size=args.batch_size)
-        for i in range(0, args.batch_size, 2):  # every second image: a balanced choice of meanings
-            index[i] = rng.choice(true_of[rng.integers(len(true_of))])
-        index = torch.from_numpy(index)
-        image = frames[index].permute(0, 3, 1, 2).float() / 255
-        mirrored = int(rng.integers(2))  # the body is symmetric, and no caption says left or right
-        image, target = image.flip(-1) if mirrored else image, points[index, mirrored]
-        truth = truths[index]  # [B, A]
-        meanings = sample_meanings(truth.numpy(), args.captions, rng)
-        captions = [caption(meaning, rng) for meaning in meanings]
+        if searches < args.searches and progress > 0.15 + 0.7 * searches / args.searches:
+            some = rng.integers(scripted, size=3000)
+            recent = len(SOUGHT) * LINEAGES * GENERATIONS // 2
+            known = np.append(some, np.arange(scripted, len(states.frames))[-recent:])
+            found = overrated_states(score, pool, States(*(v[known] for v in states)), rng)
+            states = States(*map(np.concatenate, zip(states, found, strict=True)))
+            true_of, searches = true_states(), searches + 1
+        world = step % len(heads)
+        image, target, captions, match = (humanoid_batch, home_batch)[world]()
+        target, match = torch.from_numpy(target).float(), torch.from_numpy(match)
         words.update(re.findall(r"[a-z]+", " ".join(captions).lower()))
-        match = torch.stack(
-            [
-                truth[:, [ATTRIBUTES.index(a) for a in meaning]].amin(1)
-                if meaning
-                else torch.ones(len(truth))
-                for meaning in meanings
-            ],
-            1,
-        )  # [B, C]
         # The flash kernel's backward pass is 4 times slower on a CPU at this few tokens.
-        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
-            image_features = F.normalize(model.encode_image((image - mean) / std).float(), dim=-1)
+        with torch.autocast("cpu", torch.bfloat16, enabled=fast_bf16), sdpa_kernel(SDPBackend.MATH):
+            image_features = F.normalize(model.encode_image(image).float(), dim=-1)
             text_features = F.normalize(model.encode_text(tokenizer(captions)).float(), dim=-1)
         cosine = image_features @ text_features.T  # [B, C]
         logits = model.logit_scale.exp() * cosine + bias
@@ -619,24 +803,26 @@ def main(args: Args) -> None:
         weight = (match / match.sum(0) + miss / miss.sum(0))[:, both] / 2
         x, y = (v[:, both] - (weight * v[:, both]).sum(0) for v in (cosine, match))
         rho = (weight * x * y).sum(0) * ((weight * x**2).sum(0) * (weight * y**2).sum(0)).rsqrt()
-        fit = F.mse_loss(head(pooled["x"].float()), target)
+        fit = F.mse_loss(heads[world](pooled["x"].float()), target)
         total = loss + (1 - rho).mean() + 0.5 * fit
         optimizer.zero_grad()
         total.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         step += 1
-        if step % 100 == 0:
+        if step % 100 < len(heads):
             right = ((logits > 0) == (match > 0.5))[(match < 0.2) | (match > 0.8)].float().mean()
+            name = ("humanoid", "home")[world]
             print(
-                f"step {step}, {progress:.0%}: loss {loss.item():.3f}, right {right:.3f}, "
-                f"rho {rho.mean():.3f}, geometry {fit.item():.3f}, "
+                f"step {step}, {progress:.0%}, {name}: loss {loss.item():.3f}, right {right:.3f}, "
+                f"rho {rho.mean():.3f}, head {fit.item():.3f}, "
                 f"scale {model.logit_scale.exp():.1f}, bias {bias.item():.1f}",
                 flush=True,
             )
         if step % 1000 == 0:
             save(args.output, model, config, words)
     save(args.output, model, config, words)
+    pool.terminate()
 
 
 def save(folder: Path, model: torch.nn.Module, config: dict, words: set[str]) -> None:
