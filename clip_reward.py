@@ -156,6 +156,7 @@ class CLIPReward(torch.nn.Module):
             self.clip.visual.compile()
         words = Path(model) / "vocabulary.txt"
         self.vocabulary = set(words.read_text().split()) if words.is_file() else None
+        self.warned = set()
 
         # (x / 255 - mean) / std as one multiply-add on bytes, x * scale + shift
         mean_std = [self.preprocessing["mean"], self.preprocessing["std"]]
@@ -178,11 +179,13 @@ class CLIPReward(torch.nn.Module):
     def encode_text(self, prompts: str | Sequence[str]) -> torch.Tensor:
         """P prompts (or a single one) -> unit-norm float32 [P, D].
 
-        Warns of words that are missing from the `vocabulary.txt` of a model folder that has one.
+        Warns once of a word that is missing from the `vocabulary.txt` of a model folder with one.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         for prompt in prompts if self.vocabulary else []:
-            unknown = sorted(set(re.findall(r"[a-z]+", prompt.lower())) - self.vocabulary)
+            words = set(re.findall(r"[a-z]+", prompt.lower())) - self.vocabulary
+            unknown = sorted(words - self.warned)
+            self.warned |= words
             if unknown:
                 warnings.warn(
                     f"this CLIP was never taught the word(s) {', '.join(map(repr, unknown))}: it "

@@ -1,17 +1,31 @@
-"""A home in which a first-person agent is to find, lift and place toys, each goal a sentence.
+"""Train a first-person agent to do in a home what a sentence says: DQN on a CLIP reward.
 
-    python dqn_clip_playhouse.py --tour          # writes tour.mp4: a walk that finds, lifts, places
+    python dqn_clip_playhouse.py                             # find, lift and place toys, on a CPU
+    python dqn_clip_playhouse.py --reward env --family find  # true rewards: is the DQN sound?
+    python dqn_clip_playhouse.py --tour                      # a video of a walk that does all three
 
-The setting of Baumli et al., "Vision-Language Models as a Source of Rewards", arXiv 2312.09187.
-Their home is not public; this one is built in code, a new one for each episode.
+CLIP compares each frame with the prompt of every goal. A goal's reward is 1 where its probability
+among the goals of its family exceeds a threshold, else 0. The same frames are scored for all goals
+at once, so a walk that fails at its own goal teaches the ones that it happened to reach.
+
+Paper: Baumli et al., "Vision-Language Models as a Source of Rewards", arXiv 2312.09187. Their home
+is not public; this one is built in code, a new one for each episode.
 """
 
+import copy
+import json
 import math
+import multiprocessing
 import os
+import signal
 import sys
-from collections import deque
+import threading
+import time
+from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -22,8 +36,15 @@ if sys.platform == "linux":
 import gymnasium as gym
 import imageio
 import numpy as np
-import torch  # noqa: F401  before mujoco: torch must load ahead of the first GL context
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
 import tyro
+from tensorboard.compat.proto.summary_pb2 import Summary
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from clip_reward import CLIPReward, contrastive_reward  # before mujoco: torch goes ahead of GL
 
 try:
     import mujoco
@@ -36,15 +57,156 @@ except Exception as error:  # mujoco raises whatever its GL loader raised
     )
     raise SystemExit(2) from None
 
+HERE = Path(__file__).resolve().parent
+START_METHOD = "fork" if sys.platform == "linux" else "spawn"  # which loads torch in each worker
+FAMILIES = ("find", "lift", "place")
+MAX_STEPS = 100  # of an episode
+VIDEO_SIZE = 320  # pixels, at least
+
 
 @dataclass
 class Args:
     tour: bool = False
-    """write a video of a scripted walk that finds, lifts and places a toy"""
-    seed: int = 1
-    """of the homes"""
-    output: Path = Path("tour.mp4")
-    """file for the video"""
+    """write a video of a scripted walk that finds, lifts and places a toy, instead of training"""
+    output: Path = Path("tour.mp4")  # file for the video of the tour
+
+    # ---- Run
+
+    exp_name: str = "dqn_clip_playhouse"  # name of the experiment, part of the run's folder
+    seed: int = 1  # of networks, exploration, replay and every home
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """where CLIP, networks and replay live; auto takes CUDA if there is one"""
+    total_timesteps: int = 600_000  # environment steps, over all environments
+    num_envs: int = 16  # worker processes, one home in each
+    eval_every: int = 32_000  # env steps between evaluations; also the rhythm of the videos
+    eval_episodes: int = 48  # episodes of each evaluation during training
+    final_episodes: int = 200
+    """episodes for each row of the report at the end, in homes that selected nothing"""
+    checkpoint_every: int = 32_000
+    """env steps between checkpoints; running episodes are cut short there"""
+    capture_video: bool = True  # record an episode at each evaluation, at 320 pixels or a bit more
+    resume: Path | None = None  # a run's folder to continue, with the arguments it was started with
+    evaluate: Path | None = None  # a run's folder whose best agent to replay, instead of training
+    track: bool = False  # log to Weights and Biases too (pip install wandb)
+    wandb_project_name: str = "clip-rl"  # its project
+    wandb_entity: str | None = None  # its team
+    worker_timeout: float = 60.0  # seconds after which a worker that does not answer ends the run
+
+    # ---- Environment
+
+    family: Literal["all", "find", "lift", "place"] = "all"  # of the goals to train for
+    frame_size: int = 144  # width and height in pixels of the frames that CLIP sees
+
+    # ---- CLIP reward
+
+    reward: Literal["contrastive", "projection", "env"] = "contrastive"
+    """what is thresholded: the softmax over the family, the goal-baseline reward alone, or the
+    truth from the simulator, to check the algorithm"""
+    baseline: str = "a room"  # the baseline prompt; without effect at alpha 0
+    alpha: float = 0.0
+    """strength of the goal-baseline regularisation, from 0 (the paper) to 1"""
+    temperature: float = 0.02  # of the softmax over the goals of a family
+    beta: float | None = None
+    """score above which a goal counts as reached; unset, calibrated on random play"""
+    calibration_episodes: int = 64  # of random play, before the run
+    false_positive_rate: float = 0.001
+    """share of the scores of random play that the calibrated beta lets pass, in each family"""
+    calibrate_with_labels: bool = False
+    """let the simulator's truth keep the frames that do reach a goal out of the calibration"""
+    clip_model: str = str(HERE / "tests" / "tiny_clip")
+    """folder, ARCH/TAG or ARCH/FILE of open_clip, or hf-hub:ID"""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """of CLIP; auto is bf16 where the processor has it"""
+    compile: bool = False  # torch.compile CLIP's image tower
+    score_every: int = 4
+    """steps of all environments whose frames make one CLIP batch; episodes end only after them"""
+
+    # ---- Algorithm
+
+    buffer_size: int = 150_000  # transitions in the replay
+    learning_starts: int = 10_000  # env steps of random actions before the first update
+    updates_per_step: float = 0.125  # gradient updates per environment step
+    batch_size: int = 64  # transitions per update
+    learning_rate: float = 3e-4  # of Adam
+    gamma: float = 0.97  # discount factor
+    target_every: int = 500  # updates between copies of the network into its target
+    double_q: bool = True  # the network chooses the next action, its target values it
+    epsilon_end: float = 0.05  # share of random actions after --epsilon-steps; from 1 linearly
+    epsilon_steps: int = 150_000  # env steps after learning starts
+    eval_epsilon: float = 0.02  # share of random actions in evaluations: who is stuck gets free
+    relabel_fraction: float = 0.5
+    """share of the sampled transitions that are trained, where there is one, for another goal that
+    is reached then or later in their episode; 0 is the paper"""
+    frame_stack: int = 1  # frames that the network sees
+    policy_size: int = 48  # width and height in pixels of the frames that the network sees
+
+
+def check(condition: bool, message: str, exit_code: int = 2) -> None:
+    """Else stop, with one line that names the flag, the value and the remedy."""
+    if not condition:
+        print(message, file=sys.stderr)
+        raise SystemExit(exit_code)
+
+
+def flag(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def check_args(args: Args) -> None:
+    for name in ("total_timesteps", "num_envs", "eval_every", "eval_episodes", "final_episodes",
+                 "checkpoint_every", "frame_size", "score_every", "buffer_size", "batch_size",
+                 "updates_per_step", "learning_rate", "temperature", "target_every",
+                 "epsilon_steps", "calibration_episodes", "frame_stack", "policy_size",
+                 "worker_timeout"):  # fmt: skip
+        value = getattr(args, name)
+        check(0 < value < math.inf, f"--{flag(name)} {value}: must be finite and greater than 0")
+    for name in ("alpha", "false_positive_rate", "epsilon_end", "eval_epsilon", "relabel_fraction"):
+        value = getattr(args, name)
+        check(0 <= value <= 1, f"--{flag(name)} {value}: must lie between 0 and 1")
+    check(0 <= args.seed < 2**63, f"--seed {args.seed}: must be at least 0 and less than 2**63")
+    check(
+        args.learning_starts >= 0, f"--learning-starts {args.learning_starts}: must be at least 0"
+    )
+    check(0 <= args.gamma < 1, f"--gamma {args.gamma}: must be at least 0 and less than 1")
+    check(args.baseline.strip() != "", f"--baseline {args.baseline!r}: write a sentence")
+    check(args.beta is None or math.isfinite(args.beta), f"--beta {args.beta}: must be finite")
+    check(
+        not args.calibrate_with_labels or (args.beta is None and args.reward != "env"),
+        "--calibrate-with-labels: there is nothing to calibrate with --beta or --reward env",
+    )
+    check(
+        MAX_STEPS % args.score_every == 0,
+        f"--score-every {args.score_every}: must divide the {MAX_STEPS} steps of an episode",
+    )
+    check(
+        args.policy_size % 8 == 0 and args.frame_size % args.policy_size == 0,
+        f"--policy-size {args.policy_size}: must be a multiple of 8 that divides --frame-size "
+        f"{args.frame_size}",
+    )
+    check(
+        args.frame_stack <= args.score_every,
+        f"--frame-stack {args.frame_stack}: must be at most --score-every {args.score_every}",
+    )
+    check(
+        args.batch_size <= args.buffer_size,
+        f"--batch-size {args.batch_size}: larger than --buffer-size {args.buffer_size}; lower it",
+    )
+    check(
+        args.num_envs * 2 * MAX_STEPS <= args.buffer_size,
+        f"--buffer-size {args.buffer_size}: holds fewer than two episodes of {args.num_envs} "
+        f"environments; raise it to {args.num_envs * 2 * MAX_STEPS}",
+    )
+    check(
+        args.device != "cuda" or torch.cuda.is_available(),
+        "--device cuda: torch finds no CUDA device; use --device cpu or install a CUDA build",
+    )
+    check(
+        not args.tour or args.output.suffix == ".mp4", f"--output {args.output}: must end in .mp4"
+    )
+    check(
+        not args.tour or args.output.parent.is_dir(),
+        f"--output {args.output}: its folder does not exist; make it",
+    )
 
 
 class Goal(NamedTuple):
@@ -89,6 +251,10 @@ def goals_of(toys: Iterable[tuple[str, str]]) -> tuple[Goal, ...]:
 TRAIN_GOALS = goals_of([toy for toy in TOY_NAMES if toy not in HELDOUT_TOYS])  # 190
 HELDOUT_GOALS = goals_of(HELDOUT_TOYS)  # 50
 GOALS = TRAIN_GOALS + HELDOUT_GOALS
+COLUMNS = {  # of each family in GOALS
+    split: {f: [GOALS.index(goal) for goal in goals if goal.family == f] for f in FAMILIES}
+    for split, goals in (("train", TRAIN_GOALS), ("heldout", HELDOUT_GOALS))
+}
 
 
 def part(shape, size, pos=(0, 0, 0), rgb=None, quat=(1, 0, 0, 0)):
@@ -195,7 +361,9 @@ STRIDE, TURN = 0.2, math.radians(20)  # of one step
 TILTS = tuple(math.radians(degrees) for degrees in (-50, -25, 0))  # of the view
 GRAB_FROM, RELEASE_FROM = (0.4, 0.9), (0.42, 0.58)  # m on the floor, for a sure success
 TOY_GROUP = 1  # of the geoms that a carried toy passes through
-REACH, NEAR = 1.2, 1.2  # m from the eye: what can be grabbed, and what counts as found
+REACH = 1.2  # m from the eye: what can be grabbed
+NEAR, SEEN, CENTRAL = 1.2, 0.006, 0.2  # found: m from the eye, share of the frame, off its middle
+AT_REST = 0.3  # m/s, at most, of a toy that is placed
 ACTIONS = ("forward", "back", "left", "right", "up", "down", "grab", "release", "stay")
 
 
@@ -240,15 +408,17 @@ class PlayhouseEnv(gym.Env):
     On a free spot of the floor, in any direction, looking 25 degrees down.
 
     ## Episode End
-    Truncation after `max_episode_steps` (100).
+    Never by itself; `gym.make` truncates after `max_episode_steps` (100).
 
     ## Arguments
     | Parameter         | Default       | Description                                          |
     | ----------------- | ------------- | ---------------------------------------------------- |
-    | `goals`           | `TRAIN_GOALS` | what the goal of an episode is drawn from            |
-    | `width`, `height` | 96            | size of the frame in pixels                          |
+    | `goals`           | `TRAIN_GOALS` | what an episode's goal is drawn from: first a family |
+    | `all_goals`       | `False`       | report the truth of every goal, in `info["reached"]` |
+    | `width`, `height` | 144           | size of the frame in pixels                          |
 
-    `reset(options={"goal": goal})` sets the goal. `info["goal"]` is its index in `GOALS`, and
+    `reset(options={"goal": goal})` sets the goal, `options={"goals": goals}` what it is drawn from
+    this once. `info["goal"]` is its index in `GOALS`, and
     `info["success"]` says whether the simulator's state is one of the goal: a toy is *found* when
     it is within 1.2 m, in the middle of the view and not hidden, *lifted* when it is in the hand,
     and *placed* when it is not in the hand and rests on the bed or the table, or in the toy box.
@@ -260,10 +430,12 @@ class PlayhouseEnv(gym.Env):
         self,
         render_mode: str | None = None,
         goals: Sequence[Goal] = TRAIN_GOALS,
-        width: int = 96,
-        height: int = 96,
+        all_goals: bool = False,
+        width: int = 144,
+        height: int = 144,
     ):
-        self.render_mode, self.goals, self.width, self.height = render_mode, goals, width, height
+        self.render_mode, self.width, self.height = render_mode, width, height
+        self.goals, self.all_goals = goals, all_goals
         self.observation_space = gym.spaces.Box(0, 255, (height, width, 3), np.uint8)
         self.action_space = gym.spaces.Discrete(len(ACTIONS))
         self._renderer = None
@@ -323,6 +495,7 @@ class PlayhouseEnv(gym.Env):
             box(x0, x1, self.north, self.north + 0.1, 0, 3, wall)
             outer = x0 - 0.1 if x0 else x1
             box(outer, outer + 0.1, self.south, self.north, 0, 3, 0.95 * wall)
+        box(self.west, self.east, self.south, self.north, 3, 3.1, (0.9, 0.9, 0.9), solid=False)
         wall = self._tone(0.6, 0.9)
         for y0, y1 in ((self.south, door - 0.5), (door + 0.5, self.north)):
             box(-0.05, 0.05, y0, y1, 0, 3, wall)
@@ -347,7 +520,7 @@ class PlayhouseEnv(gym.Env):
         for _ in range(200):
             quarter = int(rng.integers(4))
             hx, hy = (w, d) if quarter % 2 == 0 else (d, w)
-            low, high = (self.west, -0.05) if rng.random() < 0.5 else (0.05, self.east)
+            low, high = (self.west, -0.14) if rng.random() < 0.5 else (0.14, self.east)
             low, high = np.array([[low, self.south], [high, self.north]])
             low, high = low + (hx, hy) + 0.02, high - (hx, hy) - 0.02
             x, y = rng.uniform(low, high)
@@ -424,9 +597,13 @@ class PlayhouseEnv(gym.Env):
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
-        rng = self.np_random
-        drawn = self.goals[int(rng.integers(len(self.goals)))]  # always: a seed is a home
-        self.goal = (options or {}).get("goal", drawn)
+        rng, options = self.np_random, options or {}
+        goals = options.get("goals", self.goals)
+        families = sorted({goal.family for goal in goals})
+        family = families[int(rng.integers(len(families)))]
+        goals = [goal for goal in goals if goal.family == family]
+        drawn = goals[int(rng.integers(len(goals)))]  # even if it is given: a seed is a home
+        self.goal = options.get("goal", drawn)
         if self.goal not in GOALS:
             raise ValueError(f"goal {self.goal}: not one of GOALS")
         toy = self.goal.colour, self.goal.kind
@@ -454,10 +631,10 @@ class PlayhouseEnv(gym.Env):
         """The agent goes to its start, and toys come to rest."""
         self.held, self._tilt = None, 1
         model = self.model
-        self._place = [model.joint(name).qposadr[0] for name in ("x", "y", "yaw")]
-        self._speed = [model.joint(name).dofadr[0] for name in ("x", "y", "yaw")]
-        self._toys = [model.body(f"toy{i}") for i in range(len(self.toys))]
-        self.data.qpos[self._place] = self._start
+        self._agent_qpos = [model.joint(name).qposadr[0] for name in ("x", "y", "yaw")]
+        self._agent_qvel = [model.joint(name).dofadr[0] for name in ("x", "y", "yaw")]
+        self._toy_bodies = [model.body(f"toy{i}") for i in range(len(self.toys))]
+        self.data.qpos[self._agent_qpos] = self._start
         mujoco.mj_step(model, self.data, nstep=30)
         mujoco.mj_forward(model, self.data)
 
@@ -470,12 +647,14 @@ class PlayhouseEnv(gym.Env):
         self._tilt = min(max(self._tilt + {"up": 1, "down": -1}.get(name, 0), 0), len(TILTS) - 1)
         stride = {"forward": STRIDE, "back": -STRIDE}.get(name, 0.0)
         turn = {"left": TURN, "right": -TURN}.get(name, 0.0)
-        yaw = data.qpos[self._place[2]]
-        for _ in range(10):  # a tenth of a second, in which only contact stops the walk
-            velocity = stride * math.cos(yaw), stride * math.sin(yaw), turn
-            data.qvel[self._speed] = np.array(velocity) / 0.1
-            mujoco.mj_step(self.model, data)
-        data.qvel[self._speed] = 0
+        x, y, yaw = data.qpos[self._agent_qpos]
+        velocity = stride * math.cos(yaw), stride * math.sin(yaw), turn
+        data.qvel[self._agent_qvel] = np.array(velocity) / 0.1
+        mujoco.mj_step(self.model, data, nstep=10)  # a tenth of a second: only contact stops it
+        data.qvel[self._agent_qvel] = 0
+        data.qpos[self._agent_qpos[2]] = yaw + turn  # no contact turns it
+        if self._gap() < RADIUS - 0.04:  # contact is soft, and thin boards are no obstacle to it
+            data.qpos[self._agent_qpos[:2]] = x, y
         if self.held is not None:
             self._carry()
         mujoco.mj_forward(self.model, data)
@@ -506,7 +685,7 @@ class PlayhouseEnv(gym.Env):
         self._solid(self.held, True)
         mujoco.mj_collision(self.model, self.data)
         contact = self.data.contact
-        own = (self.model.geom_bodyid[contact.geom] == self._toys[self.held].id).any(1)
+        own = (self.model.geom_bodyid[contact.geom] == self._toy_bodies[self.held].id).any(1)
         if (contact.dist[own] < -0.02).any():
             self._solid(self.held, False)  # no room for it: it stays in the hand
         else:
@@ -514,34 +693,41 @@ class PlayhouseEnv(gym.Env):
 
     def _carry(self) -> None:
         """The held toy goes where the hand is: ahead of the body, on this side of a wall."""
-        x, y, yaw = self.data.qpos[self._place]
+        x, y, yaw = self.data.qpos[self._agent_qpos]
         hand, ahead = np.array([x, y, HAND[1]]), np.array([math.cos(yaw), math.sin(yaw), 0])
         hit, group = np.zeros(1, np.int32), np.array([1, 0, 0, 0, 0, 0], np.uint8)
         free = mujoco.mj_ray(self.model, self.data, hand, ahead, group, True, -1, hit)
         reach = HAND[0] if free < 0 else min(HAND[0], max(free - 0.15, RADIUS))
-        joint = self.model.joint(self._toys[self.held].jntadr[0])
+        joint = self.model.joint(self._toy_bodies[self.held].jntadr[0])
         # Turned half aside, so that one sees what it is.
         self.data.qpos[joint.qposadr[0] :][:7] = *(hand + reach * ahead), *about_z(yaw + 1)
         self.data.qvel[joint.dofadr[0] :][:6] = 0
 
     def _solid(self, toy: int, solid: bool) -> None:
-        body = self._toys[toy]
+        body = self._toy_bodies[toy]
         geoms = slice(body.geomadr[0], body.geomadr[0] + body.geomnum[0])
         self.model.geom_contype[geoms] = self.model.geom_conaffinity[geoms] = solid
 
     @property
     def position(self) -> np.ndarray:
         """Of the agent on the floor, [2]."""
-        return self.data.qpos[self._place[:2]]
+        return self.data.qpos[self._agent_qpos[:2]]
+
+    def _gap(self) -> float:
+        """From the agent's axis to the nearest wall or piece of furniture, in metres."""
+        x, y = self.position
+        X, Y, w, d = np.transpose(self.obstacles)
+        pieces = np.hypot(np.maximum(abs(x - X) - w, 0), np.maximum(abs(y - Y) - d, 0))
+        return min(x - self.west, self.east - x, y - self.south, self.north - y, *pieces)
 
     def bearing(self, point: np.ndarray) -> float:
         """The turn to the left (radians) after which the agent faces a point."""
         dx, dy = point - self.position
-        angle = math.atan2(dy, dx) - self.data.qpos[self._place[2]]
+        angle = math.atan2(dy, dx) - self.data.qpos[self._agent_qpos[2]]
         return math.remainder(angle, 2 * math.pi)
 
     def toy_position(self, toy: int) -> np.ndarray:
-        return self.data.xpos[self._toys[toy].id]
+        return self.data.xpos[self._toy_bodies[toy].id]
 
     def points_on(self, place: str) -> np.ndarray:
         """Where the goal's toy can lie there, apart from the others: [K, 2]."""
@@ -560,7 +746,7 @@ class PlayhouseEnv(gym.Env):
     def _view(self, toy: int) -> tuple[float, float]:
         """A toy's distance from the eye (m) and angle from the middle of the view (radians)."""
         eye = self.data.camera(f"eye{self._tilt}")
-        to_toy = self.data.xpos[self._toys[toy].id] - eye.xpos
+        to_toy = self.data.xpos[self._toy_bodies[toy].id] - eye.xpos
         distance = float(np.linalg.norm(to_toy))
         cosine = -eye.xmat[2::3] @ to_toy / distance
         return distance, math.acos(min(max(cosine, -1), 1))
@@ -584,16 +770,18 @@ class PlayhouseEnv(gym.Env):
         renderer.enable_segmentation_rendering()
         geoms = renderer.render()[..., 0]  # [H, W], -1 where there is none
         renderer.disable_segmentation_rendering()
-        seen = np.argwhere((self.model.geom_bodyid[geoms] == self._toys[toy].id) & (geoms >= 0))
-        if len(seen) < 0.006 * self.width * self.height:
+        seen = np.argwhere(
+            (self.model.geom_bodyid[geoms] == self._toy_bodies[toy].id) & (geoms >= 0)
+        )
+        if len(seen) < SEEN * self.width * self.height:
             return False
         middle = seen.mean(0) / (self.height, self.width)
-        return bool((np.abs(middle - 0.5) < 0.2).all())
+        return bool((np.abs(middle - 0.5) < CENTRAL).all())
 
     def _placed(self, toy: int, place: str) -> bool:
-        body = self._toys[toy]
+        body = self._toy_bodies[toy]
         speed = self.data.qvel[self.model.joint(body.jntadr[0]).dofadr[0] :][:3]
-        if np.linalg.norm(speed) > 0.3:
+        if np.linalg.norm(speed) > AT_REST:
             return False  # it still falls or rolls
         x, y, z = self.toy_position(toy)
         if place == "toy box":
@@ -607,7 +795,10 @@ class PlayhouseEnv(gym.Env):
         return bool(rests.any())
 
     def _info(self) -> dict:
-        return {"goal": GOALS.index(self.goal), "success": self.in_goal_state(self.goal)}
+        info = {"goal": GOALS.index(self.goal), "success": self.in_goal_state(self.goal)}
+        if self.all_goals:
+            info["reached"] = np.array([self.in_goal_state(goal) for goal in GOALS])
+        return info
 
     # ---- Frames
 
@@ -696,7 +887,7 @@ def scripted(env: PlayhouseEnv, goal: Goal) -> Iterator[int]:
         yield from [act("stay")] * 10  # until it lies still
 
 
-gym.register("PlayhouseCLIP-v0", PlayhouseEnv, max_episode_steps=100)
+gym.register("PlayhouseCLIP-v0", PlayhouseEnv, max_episode_steps=MAX_STEPS)
 
 
 def tour(path: Path, seed: int) -> list[str]:
@@ -716,27 +907,696 @@ def tour(path: Path, seed: int) -> list[str]:
     return missed
 
 
-def main() -> None:
-    args = tyro.cli(Args, description=__doc__)
-    if not args.tour:
-        print("--tour: nothing to do without it", file=sys.stderr)
-        raise SystemExit(2)
-    for condition, message in (
-        (args.seed >= 0, f"--seed {args.seed}: must be at least 0"),
-        (args.output.suffix == ".mp4", f"--output {args.output}: must end in .mp4"),
-        (
-            args.output.parent.is_dir(),
-            f"--output {args.output}: its folder does not exist; make it",
-        ),
+def draw_one_frame() -> None:
+    try:
+        PlayhouseEnv("rgb_array").reset()
+    except Exception:  # whatever the GL library raises; the parent names the remedy
+        raise SystemExit(1) from None
+
+
+def make_envs(args: Args, num_envs: int, size: int) -> gym.vector.AsyncVectorEnv:
+    """One home in each worker process; frames come back through shared memory."""
+
+    def make_env():
+        parent = multiprocessing.parent_process()
+        if parent is not None:  # in a worker: Ctrl-C is for the parent, its death for both
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+        return gym.make(
+            "PlayhouseCLIP-v0",
+            disable_env_checker=True,
+            goals=goals_for(args, TRAIN_GOALS),
+            all_goals=args.reward == "env" or args.calibrate_with_labels,
+            width=size,
+            height=size,
+        )
+
+    return gym.vector.AsyncVectorEnv(
+        [make_env] * num_envs,
+        context=START_METHOD,
+        autoreset_mode=gym.vector.AutoresetMode.DISABLED,
+    )
+
+
+def goals_for(args: Args, goals: Sequence[Goal]) -> list[Goal]:
+    return [goal for goal in goals if args.family in ("all", goal.family)]
+
+
+@contextmanager
+def worker_failures(envs: gym.vector.AsyncVectorEnv, stage: str):
+    """A worker that dies, hangs or raises ends the run in one line, and takes no worker along."""
+    try:
+        yield
+    except Exception as error:
+        time.sleep(0.5)  # a pipe breaks a little before its process is gone
+        silent = [i for i, pipe in enumerate(envs.parent_pipes) if pipe is None or not pipe.poll()]
+        dead = [i for i, process in enumerate(envs.processes) if not process.is_alive()]
+        for process in envs.processes:
+            process.kill()  # one that hangs in the driver ignores SIGTERM
+        envs.closed = True  # its own close() would wait for them
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        print(
+            f"{stage}: worker {dead or silent} of {envs.num_envs} {'died' if dead else 'failed'} "
+            f"({reason}). MUJOCO_GL is {os.environ.get('MUJOCO_GL')}: try a lower --num-envs, "
+            "MUJOCO_GL=osmesa, or a longer --worker-timeout",
+            file=sys.stderr,
+        )
+        raise SystemExit(1) from None
+
+
+def family_scores(rewards: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Probability of each goal among its family's training goals: rewards [..., 240] -> same shape.
+
+    A held-out goal competes with all of them, and they never with it: the negatives stay fixed.
+    """
+    p = torch.empty_like(rewards)
+    for train, heldout in zip(COLUMNS["train"].values(), COLUMNS["heldout"].values(), strict=True):
+        p[..., train] = contrastive_reward(rewards[..., train], temperature)
+        others = torch.logsumexp(rewards[..., train] / temperature, -1, keepdim=True)
+        p[..., heldout] = torch.sigmoid(rewards[..., heldout] / temperature - others)
+    return p
+
+
+def random_play(envs, score, episodes: int, key: tuple, args: Args):
+    """Scores [M, 240] of the frames of random episodes and, if the environments tell, whether the
+    goals are reached in them [M, 240], else None."""
+    rng, scores, reached = np.random.default_rng(key), [], []
+    for first in range(0, episodes, envs.num_envs):
+        seeds = [reset_seed(*key, first + i) for i in range(envs.num_envs)]
+        with worker_failures(envs, "calibration"):
+            envs.reset_async(seed=seeds)
+            envs.reset_wait(timeout=args.worker_timeout)
+            for _ in range(MAX_STEPS):
+                envs.step_async(rng.integers(len(ACTIONS), size=envs.num_envs))
+                frames, *_, info = envs.step_wait(timeout=args.worker_timeout)
+                scores.append(score(frames))
+                if "reached" in info:
+                    reached.append(torch.from_numpy(info["reached"]))
+    return torch.cat(scores), torch.cat(reached).to(scores[0].device) if reached else None
+
+
+def calibrate(scores: torch.Tensor, reached: torch.Tensor | None, rate: float) -> torch.Tensor:
+    """beta [240]: for each family, what a share `rate` of the scores [M, 240] of its training goals
+    exceeds. `reached` [M, 240], if known, keeps the frames of a goal out of its negatives."""
+    beta = torch.zeros(len(GOALS))
+    for family in FAMILIES:
+        train = COLUMNS["train"][family]
+        negatives = scores[:, train] if reached is None else scores[:, train][~reached[:, train]]
+        value = np.quantile(negatives.cpu().numpy(), 1 - rate, method="higher")
+        beta[train + COLUMNS["heldout"][family]] = float(value)
+    return beta
+
+
+class Replay:
+    """A ring of blocks: K steps of all N environments, and the frames that follow the last of them.
+
+    Environments are reset only between blocks, so that within one s' is simply the next frame, and
+    goal and episode are constant. Each step keeps its scores for all training goals.
+    """
+
+    def __init__(self, capacity: int, num_envs: int, steps: int, size: int, stack: int, device):
+        self.blocks, self.num_envs, self.steps = capacity // (num_envs * steps), num_envs, steps
+        self.stack, self.device = stack, device
+        self.head = 0  # the next block; block b lies at b % blocks
+        C, K, N = self.blocks, steps, num_envs
+        self.data = {
+            "frame": torch.zeros(C, K + 1, N, size, size, 3, dtype=torch.uint8, device=device),
+            "action": torch.zeros(C, K, N, dtype=torch.uint8, device=device),
+            "score": torch.zeros(C, K, N, len(TRAIN_GOALS), device=device),
+            "goal": torch.zeros(C, N, dtype=torch.int64, device=device),
+            "age": torch.zeros(C, N, dtype=torch.int64, device=device),  # steps before the block
+            "episode": torch.zeros(C, N, dtype=torch.int64, device=device),  # its number
+        }
+        self.last = torch.zeros(C, N, dtype=torch.int64, device=device)  # block of an episode
+
+    def add(self, **block: torch.Tensor) -> None:
+        for name, value in block.items():
+            self.data[name][self.head % self.blocks] = value
+        self._know_last(self.head)
+        self.head += 1
+
+    def _know_last(self, block: int) -> None:
+        """Episodes are at least a block long, so numbers modulo the ring's size do not clash."""
+        episode = self.data["episode"][block % self.blocks] % self.blocks
+        self.last[episode, torch.arange(self.num_envs, device=self.device)] = block
+
+    def sample(
+        self, batch_size: int, beta: torch.Tensor, relabel: float, generator: torch.Generator
     ):
-        if not condition:
-            print(message, file=sys.stderr)
-            raise SystemExit(2)
-    missed = tour(args.output, args.seed)
-    print(f"video: {args.output}")
-    if missed:
-        raise SystemExit(f"not reached: {', '.join(missed)}")
+        """s and s' [B, H, W, 3 k] uint8, a [B], the goal [B], its reward r [B] in {0, 1}."""
+
+        def randint(high: int, *shape: int) -> torch.Tensor:
+            options = {"generator": generator, "device": self.device}
+            return torch.randint(high, shape, **options)
+
+        d, C = self.data, self.blocks
+        oldest = max(0, self.head - C + 1)  # its own frames may reach back into the one before
+        b = oldest + randint(self.head - oldest, batch_size)
+        j, n = randint(self.steps, batch_size), randint(self.num_envs, batch_size)
+        goal = d["goal"][b % C, n]
+        if relabel > 0:
+            # Hindsight: some goal that is reached at one of 8 later moments of the episode.
+            last = self.last[d["episode"][b % C, n] % C, n]
+            length = (last - b + 1) * self.steps - j  # of what is left, with this step, [B]
+            u = torch.rand((batch_size, 8), generator=generator, device=self.device)
+            t = b * self.steps + j
+            later = t[:, None] + (u * length[:, None]).long()  # [B, 8]
+            score = d["score"][later // self.steps % C, later % self.steps, n[:, None]]
+            reached = score > beta[: score.shape[-1]]  # [B, 8, G]
+            # Not one that holds before the step: it would have ended an episode of its own.
+            before = d["score"][(t - 1) // self.steps % C, (t - 1) % self.steps, n]
+            holds = (before > beta[: score.shape[-1]]) & (d["age"][b % C, n] + j > 0)[:, None]
+            reached = (reached & ~holds[:, None]).flatten(1).float()  # [B, 8 G]
+            use = torch.rand(batch_size, generator=generator, device=self.device) < relabel
+            use &= reached.any(1)
+            reached[~use, 0] = 1  # multinomial wants something to draw from
+            pick = torch.multinomial(reached, 1, generator=generator)[:, 0] % score.shape[-1]
+            goal = torch.where(use, pick, goal)
+        r = (d["score"][b % C, j, n, goal] > beta[goal]).float()
+        return (
+            self._frames(b, j, n),
+            d["action"][b % C, j, n].long(),
+            r,
+            self._frames(b, j + 1, n),
+            goal,
+        )
+
+    def _frames(self, b: torch.Tensor, j: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
+        """The stack of frames up to row j of block b, none from before the episode's start."""
+        age = self.data["age"][b % self.blocks, n] + j
+        frames = []
+        for back in range(self.stack - 1, -1, -1):
+            row = j - age.clamp(max=back)
+            before = row < 0  # in the block before this one, whose last row is row 0 of this one
+            block, row = torch.where(before, b - 1, b), torch.where(before, row + self.steps, row)
+            frames.append(self.data["frame"][block % self.blocks, row, n])
+        return torch.cat(frames, -1)
+
+    def save(self, folder: Path, first: int) -> None:
+        """Append blocks [first, head) as one file; what is on disk already is not written again."""
+        blocks = torch.arange(max(first, self.head - self.blocks), self.head) % self.blocks
+        part = {name: ring[blocks].cpu() for name, ring in self.data.items()}
+        atomic_save(part, folder / f"{first}-{self.head}.pt")
+        for path in folder.glob("*-*.pt"):
+            if int(path.stem.split("-")[1]) <= first - self.blocks:  # not even last.pt needs it
+                path.unlink()
+
+    def load(self, folder: Path, head: int) -> None:
+        self.head, filled = head, 0
+        ends = {int(path.stem.split("-")[1]): path for path in folder.glob("*-*.pt")}
+        for end in sorted(ends):
+            if end > head:  # its checkpoint was never finished
+                ends[end].unlink()
+                continue
+            part = torch.load(ends[end], map_location=self.device, weights_only=True)
+            blocks = torch.arange(end - len(part["action"]), end)
+            for name, ring in self.data.items():
+                ring[blocks % self.blocks] = part[name]
+            for block in blocks.tolist():
+                self._know_last(block)
+            filled += int((blocks >= head - self.blocks).sum())
+        check(
+            filled >= min(head, self.blocks),
+            f"--resume {folder.parent}: files are missing in its replay/; restore them",
+        )
+
+
+class QNetwork(nn.Module):
+    """Q(s, g, a) of frames and the goal's text embedding, which scales and shifts each feature map
+    (FiLM, arXiv 1709.07871): frames uint8 [B, H, W, 3 k], goal [B, D] -> [B, 9]."""
+
+    def __init__(self, frame_stack: int, size: int, goal_dim: int):
+        super().__init__()
+        channels = (3 * frame_stack, 32, 64, 64)
+        self.convolutions = nn.ModuleList(
+            nn.Conv2d(m, n, kernel, stride=2, padding=kernel // 2)
+            for m, n, kernel in zip(channels[:-1], channels[1:], (5, 3, 3), strict=True)
+        )
+        self.film = nn.ModuleList(nn.Linear(goal_dim, 2 * n) for n in channels[1:])
+        self.hidden = nn.Linear(channels[-1] * (size // 8) ** 2, 256)
+        self.gate = nn.Linear(goal_dim, 256)
+        self.head = nn.Linear(256, len(ACTIONS))
+        self.to(memory_format=torch.channels_last)  # as frames are
+
+    def forward(self, frames: torch.Tensor, goal: torch.Tensor) -> torch.Tensor:
+        x = frames.permute(0, 3, 1, 2).float() / 255 - 0.5
+        goal = goal * goal.shape[-1] ** 0.5  # entries of about 1
+        for convolution, film in zip(self.convolutions, self.film, strict=True):
+            scale, shift = film(goal)[..., None, None].chunk(2, 1)
+            x = F.relu((1 + scale) * convolution(x) + shift)
+        return self.head(F.relu(self.hidden(x.flatten(1))) * torch.sigmoid(self.gate(goal)))
+
+
+def shrink(frames: np.ndarray, size: int, device) -> torch.Tensor:
+    """uint8 [N, H, W, 3] -> uint8 [N, size, size, 3], the mean of each square of pixels."""
+    x = torch.from_numpy(frames).to(device)
+    factor = x.shape[1] // size
+    return x.unflatten(2, (size, factor)).unflatten(1, (size, factor)).float().mean((2, 4)).byte()
+
+
+def reset_seed(*key: int) -> int:
+    """The seed of one reset, from (seed, use, environment, episode)."""
+    return int(np.random.SeedSequence(key).generate_state(1)[0])
+
+
+def evaluate(
+    envs, policy, reached, episodes: int, key: tuple, goals: Sequence[Goal], args: Args, device: str
+):
+    """Play `episodes` to the time limit with `policy(stack, goal, generator) -> action`, [N] each.
+
+    An episode succeeds if the simulator's state is ever one of its goal. `reached(frames, goal)`
+    [T, N], if given, says where CLIP's reward is 1, for `clip_success`. Returns the means over the
+    episodes, also by family, and the frames of the first episode [T, H, W, 3].
+    """
+    results, film = defaultdict(list), None
+    generator = torch.Generator(device).manual_seed(reset_seed(*key))
+    for first in range(0, episodes, envs.num_envs):
+        seeds = [reset_seed(*key, first + i) for i in range(envs.num_envs)]
+        with worker_failures(envs, "evaluation"):
+            envs.reset_async(seed=seeds, options={"goals": goals})
+            frame, info = envs.reset_wait(timeout=args.worker_timeout)
+        goal, success = info["goal"], np.zeros(envs.num_envs, bool)
+        small = shrink(frame, args.policy_size, device)
+        stack = small.repeat(1, 1, 1, args.frame_stack)
+        frames, truncated = [frame], np.zeros(1, bool)
+        while not truncated.all():  # all at once
+            action = policy(stack, torch.from_numpy(goal).to(device), generator).cpu().numpy()
+            with worker_failures(envs, "evaluation"):
+                envs.step_async(action)
+                frame, _, _, truncated, info = envs.step_wait(timeout=args.worker_timeout)
+            frames.append(frame)
+            small = shrink(frame, args.policy_size, device)
+            stack = torch.cat([stack[..., 3:], small], -1)
+            success |= info["success"]
+        frames = np.stack(frames)  # [T + 1, N, H, W, 3]
+        film = frames[:, 0] if film is None else film
+        scored = {"success_rate": success}
+        if reached is not None:
+            scored["clip_success"] = reached(frames[1:], goal).any(0)
+        for i in range(min(envs.num_envs, episodes - first)):
+            for name, values in scored.items():
+                results[name].append(values[i])
+                results[f"{name}_{GOALS[goal[i]].family}"].append(values[i])
+    means = {name: float(np.mean(results[name])) for name in sorted(results)}
+    return {"episodes": episodes} | means, film
+
+
+def write_video(film: np.ndarray, path: Path, writer: SummaryWriter | None, step: int) -> None:
+    """An mp4, and in TensorBoard a small animation (torch's own needs moviepy 1)."""
+    imageio.mimwrite(path, film, fps=10, macro_block_size=1)
+    if writer is not None:
+        small = film[::2, ::2, ::2]
+        gif = imageio.mimwrite("<bytes>", small, format="gif", duration=200, loop=0)
+        image = Summary.Image(
+            height=small.shape[1], width=small.shape[2], colorspace=3, encoded_image_string=gif
+        )
+        value = Summary.Value(tag="eval/video", image=image)
+        writer.file_writer.add_summary(Summary(value=[value]), step)
+
+
+def atomic_save(state: dict, path: Path) -> None:
+    """A file that is there is whole, wherever the run was killed."""
+    part = path.with_suffix(".part")
+    torch.save(state, part)
+    os.replace(part, path)
+
+
+def load_checkpoint(run: Path, name: str, option: str) -> dict:
+    try:
+        return torch.load(run / name, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        check(False, f"{option} {run}: cannot load its {name} ({reason}); name a run's folder")
+
+
+def parse_args() -> Args:
+    """The command line; for a run that exists, on top of the arguments it was started with."""
+    args = tyro.cli(Args, description=__doc__)
+    check(
+        args.resume is None or args.evaluate is None,
+        f"--evaluate {args.evaluate}: not together with --resume; one after the other",
+    )
+    run = args.resume or args.evaluate
+    if run is None:
+        return args
+    # What may differ from the run's own arguments; the rest would make it another run.
+    free = {"resume", "evaluate", "device"}
+    if args.resume:
+        saved = load_checkpoint(run, "last.pt", "--resume")["args"]
+        free |= {"total_timesteps"}
+    else:
+        saved = load_checkpoint(run, "best.pt", "--evaluate")["args"]
+        # The folder of the CLIP may have another path on another machine.
+        free |= {"final_episodes", "num_envs", "precision", "worker_timeout", "clip_model"}
+    saved = Args(**{k: Path(v) if k == "output" else v for k, v in saved.items()})
+    args = tyro.cli(Args, default=saved, description=__doc__)
+    for field in fields(Args):
+        old, new = getattr(saved, field.name), getattr(args, field.name)
+        check(
+            old == new or field.name in free,
+            f"--{flag(field.name)} {new}: {run} was started with {old}; leave it out",
+        )
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    check_args(args)
+    if args.tour:
+        missed = tour(args.output, args.seed)
+        print(f"video: {args.output}")
+        check(not missed, f"--tour: not reached in this home: {', '.join(missed)}", exit_code=1)
+        return
+    device = args.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.precision == "auto":  # settled here, so that a resumed run keeps it
+        has_bf16 = device == "cuda" or torch.cpu._is_avx512_bf16_supported()
+        args.precision = "bf16" if has_bf16 else "fp32"
+    try:  # with --reward env for its text embeddings alone
+        clip = CLIPReward(
+            args.clip_model, [goal.prompt for goal in GOALS], args.baseline, args.alpha,
+            precision=args.precision, compile=args.compile,
+        )  # fmt: skip
+    except ValueError as error:
+        check(False, str(error))
+    probe = multiprocessing.get_context(START_METHOD).Process(target=draw_one_frame, daemon=True)
+    probe.start()
+    probe.join(args.worker_timeout)
+    check(
+        probe.exitcode == 0,
+        f"MUJOCO_GL={os.environ.get('MUJOCO_GL')}: cannot render here. On Debian or Ubuntu: "
+        "apt-get install libegl1 libgl1, or apt-get install libosmesa6 and set MUJOCO_GL=osmesa",
+    )
+
+    # The workers are forked before this process touches CUDA, and never touch it themselves.
+    envs = make_envs(args, args.num_envs, args.frame_size)
+    video_size = args.policy_size * math.ceil(VIDEO_SIZE / args.policy_size)
+    video_envs = make_envs(args, 1, video_size) if args.capture_video or args.evaluate else None
+    clip.to(device)
+    shared = clip.goal[: len(TRAIN_GOALS)].mean(0)  # by all prompts, and so of no use to tell them
+    text = F.normalize(clip.goal - shared, dim=-1)  # [240, D]
+    train_goals, heldout_goals = goals_for(args, TRAIN_GOALS), goals_for(args, HELDOUT_GOALS)
+
+    threads = torch.get_num_threads()
+    torch.manual_seed(args.seed)
+    q_network = QNetwork(args.frame_stack, args.policy_size, text.shape[1]).to(device)
+    target = copy.deepcopy(q_network).requires_grad_(False)
+    optimizer = torch.optim.Adam(q_network.parameters(), lr=args.learning_rate, fused=True)
+    fixed_beta = 0.5 if args.reward == "env" else args.beta or 0.0
+    beta = torch.full((len(GOALS),), fixed_beta, device=device)
+    generator = torch.Generator(device).manual_seed(args.seed)
+
+    def score(frames: np.ndarray) -> torch.Tensor:
+        """CLIP's score of each frame [B, H, W, 3] for each goal: [B, 240]."""
+        rewards = clip(frames)
+        if args.reward == "contrastive":
+            rewards = family_scores(rewards, args.temperature)
+        return rewards
+
+    def reached(frames: np.ndarray, goal: np.ndarray) -> np.ndarray:
+        """Where the reward of an episode's own goal [N] is 1: frames [T, N, H, W, 3] -> [T, N]."""
+        own = torch.from_numpy(goal).to(device)
+        scores = score(frames.reshape(-1, *frames.shape[2:])).view(*frames.shape[:2], -1)
+        own_score = scores.gather(2, own.expand(len(frames), -1)[..., None])[..., 0]
+        return (own_score > beta[own]).cpu().numpy()
+
+    @torch.no_grad()
+    def act(stack, goal, generator: torch.Generator, epsilon: float) -> torch.Tensor:
+        """Epsilon-greedy actions [N]."""
+        greedy = q_network(stack, text[goal]).argmax(-1)
+        options = {"generator": generator, "device": device}
+        uniform = torch.randint(len(ACTIONS), (len(goal),), **options)
+        return torch.where(torch.rand(len(goal), **options) < epsilon, uniform, greedy)
+
+    policy = partial(act, epsilon=args.eval_epsilon)
+    clip_reached = None if args.reward == "env" else reached
+
+    def final_report(run: Path) -> None:
+        """The best and the last agent, beside a random one, in unseen homes."""
+        report = defaultdict(dict)
+        for name in ("random", "last", "best"):
+            state = load_checkpoint(
+                run, f"{name}.pt" if name != "random" else "best.pt", "--evaluate"
+            )
+            q_network.load_state_dict(state["q_network"])
+            beta.copy_(state["beta"])
+            player = partial(act, epsilon=1.0) if name == "random" else policy
+            for split, goals in (("train", train_goals), ("heldout", heldout_goals)):
+                report[name][split], _ = evaluate(
+                    envs, player, clip_reached, args.final_episodes, (args.seed, 2), goals,
+                    args, device,
+                )  # fmt: skip
+                numbers = ", ".join(f"{k} {v:.3f}" for k, v in report[name][split].items())
+                print(f"{name:>6}, {split:>7} goals: {numbers}")
+        (run / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+        if video_envs is not None:
+            video = run / "videos" / "best.mp4"
+            _, film = evaluate(
+                video_envs, policy, None, 1, (args.seed, 2), train_goals, args, device
+            )
+            write_video(film, video, None, 0)
+            print(f"video: {video}")
+
+    if args.evaluate is not None:
+        final_report(args.evaluate)
+        envs.close()
+        video_envs.close()
+        return
+
+    run = (
+        args.resume
+        or Path("runs") / f"PlayhouseCLIP-v0__{args.exp_name}__{args.seed}__{int(time.time())}"
+    )
+    (run / "videos").mkdir(parents=True, exist_ok=args.resume is not None)
+    (run / "replay").mkdir(exist_ok=True)
+    replay = Replay(
+        args.buffer_size,
+        args.num_envs,
+        args.score_every,
+        args.policy_size,
+        args.frame_stack,
+        device,
+    )
+    step, updates, saved_block, best_success = 0, 0, 0, -math.inf
+    episode = np.zeros(args.num_envs, np.int64)  # how often each environment was reset
+    if args.resume is not None:
+        state = load_checkpoint(run, "last.pt", "--resume")
+        q_network.load_state_dict(state["q_network"])
+        target.load_state_dict(state["target"])
+        optimizer.load_state_dict(state["optimizer"])
+        beta.copy_(state["beta"])
+        if state["device"] == device:  # else the noise starts anew
+            generator.set_state(state["generator"])
+        step, updates, saved_block = state["step"], state["updates"], state["replay_blocks"]
+        best_success, episode[:] = state["best_success"], state["episode"]
+        replay.load(run / "replay", saved_block)
+    elif args.reward != "env" and args.beta is None:
+        scores, truth = random_play(envs, score, args.calibration_episodes, (args.seed, 3), args)
+        beta.copy_(calibrate(scores, truth, args.false_positive_rate))
+        print({family: beta[COLUMNS["train"][family][0]].item() for family in FAMILIES})
+    untrained = [i for i, goal in enumerate(GOALS) if goal not in train_goals + heldout_goals]
+    beta[untrained] = math.inf  # of the families that the run leaves out
+    if args.track:
+        import wandb
+
+        wandb.init(
+            project=args.wandb_project_name, entity=args.wandb_entity, name=run.name,
+            config=asdict(args), sync_tensorboard=True, save_code=True,
+        )  # fmt: skip
+    writer = SummaryWriter(run, purge_step=step + 1 if args.resume else None)
+    arguments = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(args).items()}
+    rows = "\n".join(f"|{key}|{value}|" for key, value in arguments.items())
+    writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}", step)
+    (run / "args.json").write_text(json.dumps(arguments, indent=2) + "\n")
+
+    def save_checkpoint(name: str) -> None:
+        state = {
+            "args": {**arguments, "resume": None, "evaluate": None},
+            "q_network": q_network.state_dict(),
+            "target": target.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "beta": beta,
+            "device": device,
+            "generator": generator.get_state(),
+            "step": step,
+            "updates": updates,
+            "episode": episode.tolist(),
+            "replay_blocks": saved_block,
+            "best_success": best_success,
+        }
+        atomic_save(state, run / name)
+
+    def stop_if_nan(stage: str, values: Iterable[torch.Tensor]) -> None:
+        check(
+            all(value.isfinite().all() for value in values),
+            f"step {step}: {stage} is not finite; {run}/last.pt is from before it. Start anew with "
+            "a lower --learning-rate or --precision fp32",
+            exit_code=1,
+        )
+
+    def reset(ended: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Frames, and goals, of the next episode where one ended, seeded by its number."""
+        seeds = [reset_seed(args.seed, 0, i, int(n)) for i, n in enumerate(episode)]
+        episode[ended] += 1
+        with worker_failures(envs, f"step {step}: reset"):
+            envs.reset_async(seed=seeds, options={"reset_mask": ended})
+            frame, info = envs.reset_wait(timeout=args.worker_timeout)
+        return frame, info["goal"]
+
+    def lap(stage: str) -> None:
+        nonlocal clock
+        seconds[stage] += time.time() - clock
+        clock = time.time()
+
+    everyone = np.ones(args.num_envs, bool)
+    frame, goal = reset(everyone)
+    small = shrink(frame, args.policy_size, device)  # [N, h, w, 3]
+    stack = small.repeat(1, 1, 1, args.frame_stack)
+    age = np.zeros(args.num_envs, np.int64)  # steps of the running episodes
+    pending = []  # steps of the running block
+    loss, episodes = None, defaultdict(list)  # since the last log
+    seconds = dict.fromkeys(("act", "update", "env", "clip", "evaluate", "checkpoint"), 0.0)
+    started = clock = time.time()
+    first_step = step
+    bar = tqdm(total=args.total_timesteps, initial=step, unit="step", mininterval=1)
+    while step < args.total_timesteps or pending:
+        # ---- Act
+        explored = (step - args.learning_starts) / args.epsilon_steps
+        epsilon = 1 - (1 - args.epsilon_end) * min(max(explored, 0), 1)
+        own = torch.from_numpy(goal).to(device)
+        a = act(stack, own, generator, epsilon)  # [N]
+        with worker_failures(envs, f"step {step}"):
+            envs.step_async(a.cpu().numpy())
+        lap("act")
+
+        # ---- Update on one core, while the workers step and render on the others
+        torch.set_num_threads(1)
+        due = math.floor((step + args.num_envs) * args.updates_per_step)
+        due -= math.floor(step * args.updates_per_step)
+        if step < args.learning_starts or not replay.head:
+            due = 0
+        for _ in range(due):
+            s_t, a_t, r_t, s_next, g = replay.sample(
+                args.batch_size, beta, args.relabel_fraction, generator
+            )
+            e = text[g]  # [B, D]
+            with torch.no_grad():
+                q_next = target(s_next, e)  # [B, 9]
+                a_next = (q_network(s_next, e) if args.double_q else q_next).argmax(-1)
+                v_next = q_next.gather(1, a_next[:, None])[:, 0].clamp(0, 1)  # as a return is
+                y = torch.where(r_t == 1, 1, args.gamma * v_next)
+            q = q_network(s_t, e).gather(1, a_t[:, None])[:, 0]
+            loss = F.huber_loss(q, y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            updates += 1
+            if updates % args.target_every == 0:
+                target.load_state_dict(q_network.state_dict())
+        torch.set_num_threads(threads)
+        lap("update")
+
+        # ---- Step
+        with worker_failures(envs, f"step {step}"):
+            frame, _, _, truncated, info = envs.step_wait(timeout=args.worker_timeout)
+        lap("env")
+        step += args.num_envs
+        pending.append((small, a, frame, info))
+        small = shrink(frame, args.policy_size, device)
+        stack = torch.cat([stack[..., 3:], small], -1)
+        bar.update(args.num_envs)
+        if len(pending) < args.score_every:
+            continue
+
+        # ---- Score the frames of a block in one batch, and store it
+        frames = np.stack([p[2] for p in pending])  # [K, N, H, W, 3]
+        if args.reward == "env":
+            scores = torch.from_numpy(np.stack([p[3]["reached"] for p in pending]))
+            scores = scores.to(device).float()  # [K, N, 240]
+        else:
+            scores = score(frames.reshape(-1, *frames.shape[2:])).view(*frames.shape[:2], -1)
+            stop_if_nan("the CLIP reward", [scores])
+        replay.add(
+            frame=torch.stack([p[0] for p in pending] + [small]),
+            action=torch.stack([p[1] for p in pending]),
+            score=scores[..., : len(TRAIN_GOALS)],
+            goal=own,
+            age=torch.from_numpy(age).to(device),
+            episode=torch.from_numpy(episode).to(device),
+        )
+        success = np.stack([p[3]["success"] for p in pending])  # [K, N]
+        pending.clear()
+        age += args.score_every
+        own_score = scores.gather(2, own.expand(len(scores), -1)[..., None])[..., 0]
+        r = (own_score > beta[own]).cpu().numpy()  # [K, N]
+        last = step >= args.total_timesteps
+        boundary = args.num_envs * args.score_every
+        evaluates = last or step % args.eval_every < boundary
+        saves = last or step % args.checkpoint_every < boundary
+        done = r.any(0) | truncated
+        ended = done | evaluates | saves  # running episodes are cut short there
+        episodes["charts/episodic_return"] += r.any(0)[done].tolist()
+        episodes["charts/episodic_length"] += age[done].tolist()
+        episodes["charts/precision"] += success[r].tolist()  # is it done where r = 1?
+        lap("clip")
+
+        # ---- Evaluate, save, reset, log
+        if evaluates or saves:
+            stop_if_nan("the network", q_network.parameters())
+        if evaluates:
+            summary, _ = evaluate(
+                envs, policy, clip_reached, args.eval_episodes, (args.seed, 1), train_goals,
+                args, device,
+            )  # fmt: skip
+            if video_envs is not None:
+                _, film = evaluate(
+                    video_envs, policy, None, 1, (args.seed, 1), train_goals, args, device
+                )
+                write_video(film, run / "videos" / f"{step}.mp4", writer, step)
+            for name, value in summary.items():
+                writer.add_scalar(f"eval/{name}", value, step)
+            bar.set_postfix({name: f"{value:.2f}" for name, value in summary.items()})
+            selected = summary["success_rate" if args.reward == "env" else "clip_success"]
+            if selected > best_success:
+                best_success = selected
+                save_checkpoint("best.pt")
+            lap("evaluate")
+        if saves:
+            replay.save(run / "replay", saved_block)
+            saved_block = replay.head
+            save_checkpoint("last.pt")
+            writer.flush()
+            lap("checkpoint")
+        if ended.any():
+            new_frame, new_goal = reset(ended)
+            new = torch.from_numpy(ended).to(device)
+            small[new] = shrink(new_frame, args.policy_size, device)[new]
+            stack[new] = small[new].repeat(1, 1, 1, args.frame_stack)
+            goal, age = np.where(ended, new_goal, goal), np.where(ended, 0, age)
+            lap("env")
+        if step // boundary % 50 == 0:
+            scalars = {name: np.mean(values) for name, values in episodes.items() if values}
+            if loss is not None:
+                stop_if_nan("the loss", [loss])
+                scalars |= {"losses/td_loss": loss.item(), "losses/q_values": q.mean().item()}
+            scalars |= {f"time/{k}": value / (step - first_step) for k, value in seconds.items()}
+            scalars |= {"charts/epsilon": epsilon}
+            scalars["charts/SPS"] = (step - first_step) / (time.time() - started)
+            for name, value in scalars.items():
+                writer.add_scalar(name, value, step)
+            episodes.clear()
+    bar.close()
+    writer.close()
+    final_report(run)
+    print(f"run: {run} ({(time.time() - started) / 60:.1f} minutes)")
+    envs.close()
+    if video_envs is not None:
+        video_envs.close()
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit("stopped; --resume continues a run from its last checkpoint") from None

@@ -72,7 +72,7 @@ class Args:
     seed: int = 1  # of networks, action noise, replay and every reset
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where CLIP, networks and replay live; auto takes CUDA if there is one"""
-    total_timesteps: int = 200_000  # environment steps, over all environments
+    total_timesteps: int = 300_000  # environment steps, over all environments
     num_envs: int = 16  # worker processes, one humanoid in each
     eval_every: int = 16_000  # env steps between evaluations; also the rhythm of the videos
     eval_episodes: int = 16  # episodes of each evaluation during training

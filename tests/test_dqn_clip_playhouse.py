@@ -10,6 +10,7 @@ sys.path.insert(0, str(ROOT))
 from dqn_clip_playhouse import (  # first: it puts torch before the first GL context
     ACTIONS,
     COLOURS,
+    FURNITURE,
     GOALS,
     HELDOUT_GOALS,
     KINDS,
@@ -107,11 +108,11 @@ def test_walls_and_furniture_stop_the_agent(env):
             action = "forward" if rng.random() < 0.7 else str(rng.choice(ACTIONS[1:4]))
             env.step(act(action))
             x, y = env.position
-            assert env.west < x - 0.15 and x + 0.15 < env.east
-            assert env.south < y - 0.15 and y + 0.15 < env.north
+            assert env.west < x - 0.16 and x + 0.16 < env.east
+            assert env.south < y - 0.16 and y + 0.16 < env.north
             for i, (X, Y, w, d) in enumerate(env.obstacles):
                 gap = np.hypot(max(abs(x - X) - w, 0), max(abs(y - Y) - d, 0))
-                assert gap > (0.15 if i < 2 else 0.1)  # the wall between the rooms; furniture
+                assert gap > 0.16  # of a radius of 0.2
                 if gap < 0.22:
                     touched.add((seed, i))
     assert len(touched) >= 3  # else nothing was shown
@@ -119,7 +120,7 @@ def test_walls_and_furniture_stop_the_agent(env):
 
 def test_walking_turning_and_looking(env):
     env.reset(seed=1)
-    yaw = lambda: env.data.qpos[env._place[2]]
+    yaw = lambda: env.data.qpos[env._agent_qpos[2]]
     start, angle = env.position.copy(), yaw()
     env.step(act("left"))
     assert yaw() - angle == pytest.approx(np.deg2rad(20), abs=0.03)
@@ -184,6 +185,60 @@ def test_a_toy_is_placed_where_it_lies_and_nowhere_else(env, place):
     assert not any(map(env.in_goal_state, goals))
 
 
+@pytest.mark.parametrize("place", ["bed", "table"])
+def test_a_toy_that_leans_lies_under_or_flies_over_is_not_placed(env, place):
+    goal = Goal("place", "blue", "block", place)
+    env.reset(seed=5, options={"goal": goal})
+    w, d, _ = FURNITURE[place]
+    x, y, angle = env.furniture[place]
+    forward = np.array([np.sin(angle), -np.cos(angle)])  # away from its back
+    beside = np.array([x, y]) + forward * (d + 0.09)
+    put(env, 0, (*beside, 0.2))  # touches its side
+    assert not env.in_goal_state(goal)
+    if place == "table":
+        put(env, 0, (x, y, 0.12))
+        assert not env.in_goal_state(goal)
+    joint = env.model.joint(env.model.body("toy0").jntadr[0])
+    env.data.qpos[joint.qposadr[0] :][:3] = x, y, 0.9
+    mujoco.mj_forward(env.model, env.data)
+    assert not env.in_goal_state(goal)
+    env.held = 0  # on it, and yet in the hand
+    put(env, 0, (x, y, 0.5))
+    assert not env.in_goal_state(goal)
+    env.held = None
+
+
+def test_a_toy_above_or_beside_the_toy_box_is_not_in_it(env):
+    goal = Goal("place", "blue", "ball", "toy box")
+    env.reset(seed=5, options={"goal": goal})
+    x, y, angle = env.furniture["toy box"]
+    put(env, 0, (x, y, 0.3))
+    assert env.in_goal_state(goal)
+    put(env, 0, (x + 0.55 * np.sin(angle), y - 0.55 * np.cos(angle), 0.15))
+    assert not env.in_goal_state(goal)
+    joint = env.model.joint(env.model.body("toy0").jntadr[0])
+    env.data.qpos[joint.qposadr[0] :][:3] = x, y, 0.6
+    mujoco.mj_forward(env.model, env.data)
+    assert not env.in_goal_state(goal)
+
+
+def test_goals_are_drawn_from_the_options_and_all_are_reported():
+    env = PlayhouseEnv("rgb_array", all_goals=True)
+    families = set()
+    for seed in range(12):
+        frame, info = env.reset(seed=seed, options={"goals": HELDOUT_GOALS})
+        assert GOALS[info["goal"]] in HELDOUT_GOALS
+        families.add(GOALS[info["goal"]].family)
+    assert families == {"find", "lift", "place"}
+    goal = Goal("place", "blue", "block", "table")
+    env.reset(seed=5, options={"goal": goal})
+    put(env, 0, (*env.furniture["table"][:2], 0.6))
+    info = env.step(act("stay"))[4]
+    assert info["success"] and info["reached"][GOALS.index(goal)]
+    assert [env.in_goal_state(g) for g in GOALS] == info["reached"].tolist()
+    env.close()
+
+
 def test_found_is_near_central_and_in_sight(env):
     goal = Goal("find", "purple", "car")
     for seed in range(3):
@@ -205,7 +260,7 @@ def test_a_wall_hides_a_toy_from_eye_and_hand(env, beside, seen):
     for x in (0.3, 0.25):  # the second touches the wall
         env.reset(seed=1, options={"goal": goal})
         y = env._doorway[1] + beside
-        env.data.qpos[env._place] = x, y, np.pi
+        env.data.qpos[env._agent_qpos] = x, y, np.pi
         address = env.model.joint(env.model.body("toy0").jntadr[0]).qposadr[0]
         env.data.qpos[address : address + 3] = x - 0.65, y, 0.13
         env._tilt = 0
@@ -217,11 +272,11 @@ def test_a_wall_hides_a_toy_from_eye_and_hand(env, beside, seen):
 
 def test_walking_along_a_wall_does_not_turn_the_agent(env):
     env.reset(seed=0)
-    env.data.qpos[env._place] = env.west + 0.25, env._doorway[1], np.deg2rad(135)
+    env.data.qpos[env._agent_qpos] = env.west + 0.25, env._doorway[1], np.deg2rad(135)
     mujoco.mj_forward(env.model, env.data)
     for _ in range(4):
         env.step(act("forward"))
-    assert env.data.qpos[env._place[2]] == pytest.approx(np.deg2rad(135), abs=0.05)
+    assert env.data.qpos[env._agent_qpos[2]] == pytest.approx(np.deg2rad(135), abs=0.05)
 
 
 def test_the_tour_is_a_video(tmp_path):

@@ -28,6 +28,10 @@ SHORT = [
     "--total-timesteps", "400", "--num-envs", "2", "--learning-starts", "100",
     "--eval-episodes", "2", "--final-episodes", "2", "--hidden", "32", "--batch-size", "32",
 ]  # fmt: skip
+SHORT_DQN = [
+    "--total-timesteps", "400", "--num-envs", "2", "--learning-starts", "100",
+    "--eval-episodes", "2", "--final-episodes", "2", "--batch-size", "16",
+]  # fmt: skip
 
 
 def run(command: str, folder: Path, *flags: str) -> subprocess.CompletedProcess:
@@ -48,7 +52,7 @@ def run(command: str, folder: Path, *flags: str) -> subprocess.CompletedProcess:
 def folder(tmp_path_factory):
     """A place to run in that has what the commands name: the scripts and tests/."""
     folder = tmp_path_factory.mktemp("readme")
-    for name in ("sac_clip_humanoid.py", "clip_reward.py", "tests"):
+    for name in ("sac_clip_humanoid.py", "dqn_clip_playhouse.py", "clip_reward.py", "tests"):
         (folder / name).symlink_to(ROOT / name)
     return folder
 
@@ -78,6 +82,12 @@ def test_command(command, folder, first_run):
         run(command, folder)
     elif "--evaluate" in command:
         run(command, folder, "--final-episodes", "2")
+    elif "playhouse_sheet" in command:
+        run(command, folder, "--columns", "8", "--size", "48", "--output", str(folder / "s.jpg"))
+    elif "--tour" in command:
+        run(command, folder)
+    elif "dqn_clip_playhouse" in command:
+        run(command, folder, *SHORT_DQN)
     elif "sac_clip_humanoid" in command:
         run(command, folder, *SHORT)
     else:

@@ -1,0 +1,381 @@
+"""The DQN: its reward, ring and relabelling against slow references, and whole runs."""
+
+import json
+import math
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+from dqn_clip_playhouse import (  # first: it puts torch before the first GL context
+    ACTIONS,
+    FAMILIES,
+    GOALS,
+    HELDOUT_GOALS,
+    TRAIN_GOALS,
+    PlayhouseEnv,
+    QNetwork,
+    Replay,
+    calibrate,
+    family_scores,
+    main,
+    shrink,
+)
+
+import numpy as np
+import torch
+
+TRAIN, ALL = len(TRAIN_GOALS), len(GOALS)
+
+# ---- Reward -------------------------------------------------------------------------------------
+
+
+def test_scores_equal_a_slow_softmax_over_the_familys_training_goals():
+    rewards = torch.rand(3, 2, ALL, generator=torch.Generator().manual_seed(0))
+    p = family_scores(rewards, 0.1)
+    for i, goal in enumerate(GOALS):
+        rivals = [j for j, g in enumerate(TRAIN_GOALS) if g.family == goal.family and j != i]
+        e = torch.exp(rewards / 0.1)
+        expected = e[..., i] / (e[..., i] + e[..., rivals].sum(-1))
+        torch.testing.assert_close(p[..., i], expected)
+    for family in FAMILIES:
+        columns = [i for i, goal in enumerate(TRAIN_GOALS) if goal.family == family]
+        torch.testing.assert_close(p[..., columns].sum(-1), torch.ones(3, 2))
+
+
+def test_beta_lets_the_stated_share_of_negatives_pass():
+    rng = torch.Generator().manual_seed(0)
+    scores = torch.rand(2000, ALL, generator=rng)
+    scores[:, TRAIN // 2 :] *= 0.1  # place: another scale
+    reached = torch.rand(2000, ALL, generator=rng) < 0.05
+    scores[reached] += 1
+    for labels in (None, reached):
+        beta = calibrate(scores, labels, 0.01)
+        for family in FAMILIES:
+            columns = [i for i, goal in enumerate(TRAIN_GOALS) if goal.family == family]
+            passed = scores[:, columns] > beta[columns]
+            negatives = torch.ones_like(passed) if labels is None else ~reached[:, columns]
+            assert passed[negatives].float().mean() == pytest.approx(0.01, abs=0.001)
+    own = {goal.family: beta[i] for i, goal in enumerate(TRAIN_GOALS)}
+    assert all(beta[GOALS.index(goal)] == own[goal.family] for goal in HELDOUT_GOALS)
+
+
+# ---- Replay -------------------------------------------------------------------------------------
+
+STEPS, ENVS = 4, 3
+
+
+def fill(replay: Replay, blocks: int, seed: int = 0, first: int = 0):
+    """Random episodes of whole blocks. Returns {first pixel: (episode key, step of it, env)} of
+    every frame and a list of the steps of each episode: (action, scores [G])."""
+    rng = np.random.default_rng(seed)
+    # Each frame is told by its pixels: a running number, in base 256.
+    numbers, steps, counter = {}, {}, first * 1000
+
+    def photograph(env: int, key: tuple, at: int) -> torch.Tensor:
+        nonlocal counter
+        counter += 1
+        numbers[counter] = key, at
+        digits = torch.tensor([counter // 65536, counter // 256 % 256, counter % 256])
+        return digits.to(torch.uint8).expand(8, 8, 3)
+
+    episode, age = np.full(ENVS, first), np.zeros(ENVS, np.int64)
+    goal = rng.integers(TRAIN, size=ENVS)
+    frame = [photograph(n, (n, episode[n]), 0) for n in range(ENVS)]
+    for _ in range(blocks):
+        frames, actions, scores = [torch.stack(frame)], [], []
+        for k in range(STEPS):
+            actions.append(torch.from_numpy(rng.integers(len(ACTIONS), size=ENVS)).byte())
+            scores.append(torch.from_numpy(rng.random((ENVS, TRAIN))).float())
+            for n in range(ENVS):
+                key = n, int(episode[n])
+                steps.setdefault(key, (int(goal[n]), []))[1].append((actions[-1][n], scores[-1][n]))
+                frame[n] = photograph(n, (n, episode[n]), int(age[n]) + k + 1)
+            frames.append(torch.stack(frame))
+        replay.add(
+            frame=torch.stack(frames), action=torch.stack(actions), score=torch.stack(scores),
+            goal=torch.from_numpy(goal.copy()), age=torch.from_numpy(age.copy()),
+            episode=torch.from_numpy(episode.copy()),
+        )  # fmt: skip
+        age += STEPS
+        for n in np.flatnonzero(rng.random(ENVS) < 0.3):
+            episode[n], age[n], goal[n] = episode[n] + 1, 0, rng.integers(TRAIN)
+            frame[n] = photograph(n, (n, episode[n]), 0)
+    return numbers, steps
+
+
+def number(pixel: torch.Tensor) -> int:
+    return int(pixel[0]) * 65536 + int(pixel[1]) * 256 + int(pixel[2])
+
+
+@pytest.mark.parametrize("blocks", [20, 200])
+@pytest.mark.parametrize("stack", [1, 3])
+def test_replay_returns_true_transitions_of_its_latest_blocks(blocks, stack):
+    replay = Replay(50 * STEPS * ENVS, ENVS, STEPS, 8, stack, "cpu")
+    numbers, steps = fill(replay, blocks)
+    beta = torch.full((ALL,), 0.995)
+    generator = torch.Generator().manual_seed(0)
+    s, a, r, s_next, goal = replay.sample(4000, beta, 0.5, generator)
+    assert s.shape == (4000, 8, 8, 3 * stack) and s.dtype == torch.uint8
+    own, reached_later, seen = 0, 0, set()
+    for i in range(4000):
+        key, at = numbers[number(s[i, 0, 0, -3:])]
+        own_goal, episode = steps[key]
+        action, score = episode[at]
+        seen.add((key, at))
+        for back in range(stack):  # the oldest frame comes first, and none from before the start
+            pixels = slice(3 * (stack - 1 - back), 3 * (stack - back))
+            assert numbers[number(s[i, 0, 0, pixels])] == (key, max(at - back, 0))
+            assert numbers[number(s_next[i, 0, 0, pixels])] == (key, max(at + 1 - back, 0))
+        assert a[i] == action
+        assert r[i] == float(score[goal[i]] > 0.995)
+        if goal[i] == own_goal:
+            own += 1
+        else:  # hindsight: it is reached now or later in this episode
+            assert any(score[goal[i]] > 0.995 for _, score in episode[at:])
+            assert at == 0 or episode[at - 1][1][goal[i]] <= 0.995  # nor did it hold already
+            reached_later += 1
+    assert 0.4 < own / 4000 < 0.6 and own + reached_later == 4000
+    everything = [(key, at) for key, (_, episode) in steps.items() for at in range(len(episode))]
+    if blocks < 50:
+        assert seen == set(everything)
+    else:
+        assert len(seen) == 49 * STEPS * ENVS  # but for the oldest block
+
+
+def test_no_relabelling_leaves_every_goal_its_own():
+    replay = Replay(50 * STEPS * ENVS, ENVS, STEPS, 8, 1, "cpu")
+    numbers, steps = fill(replay, 20)
+    s, _, _, _, goal = replay.sample(
+        500, torch.full((ALL,), 0.5), 0.0, torch.Generator().manual_seed(0)
+    )
+    for i in range(500):
+        assert goal[i] == steps[numbers[number(s[i, 0, 0])][0]][0]
+
+
+def test_replay_comes_back_from_its_files(tmp_path):
+    def empty():
+        return Replay(20 * STEPS * ENVS, ENVS, STEPS, 8, 2, "cpu")
+
+    def draw(replay):
+        generator = torch.Generator().manual_seed(0)
+        return replay.sample(500, torch.full((ALL,), 0.995), 0.5, generator)
+
+    replay, saved = empty(), 0
+    for part in range(5):
+        fill(replay, 9, seed=part, first=20 * part)
+        replay.save(tmp_path, saved)
+        saved = replay.head
+    restored = empty()
+    restored.load(tmp_path, saved)
+    assert all(torch.equal(x, y) for x, y in zip(draw(restored), draw(replay), strict=True))
+    assert len(list(tmp_path.iterdir())) < 5  # what the ring has overwritten is gone
+    next(tmp_path.glob(f"*-{saved}.pt")).unlink()
+    with pytest.raises(SystemExit):
+        empty().load(tmp_path, saved)
+
+
+def test_shrink_is_the_mean_of_squares():
+    frames = np.random.default_rng(0).integers(256, size=(2, 12, 12, 3), dtype=np.uint8)
+    expected = frames.reshape(2, 4, 3, 4, 3, 3).mean((2, 4)).astype(np.uint8)
+    np.testing.assert_array_equal(shrink(frames, 4, "cpu").numpy(), expected)
+
+
+def test_the_network_depends_on_goal_and_every_frame():
+    torch.manual_seed(0)
+    network = QNetwork(2, 16, 8)
+    frames = torch.randint(256, (3, 16, 16, 6), dtype=torch.uint8)
+    goal = torch.nn.functional.normalize(torch.randn(3, 8), dim=-1)
+    q = network(frames, goal)
+    assert q.shape == (3, len(ACTIONS))
+    assert not torch.allclose(q, network(frames, goal.flip(0)))
+    for channel in range(6):
+        other = frames.clone()
+        other[..., channel] = 255 - other[..., channel]
+        assert (q != network(other, goal)).any(1).all()
+
+
+# ---- Whole runs ---------------------------------------------------------------------------------
+
+SMALL = [
+    "--total-timesteps", "1600", "--num-envs", "4", "--learning-starts", "400",
+    "--eval-every", "800", "--checkpoint-every", "800", "--eval-episodes", "4",
+    "--final-episodes", "4", "--batch-size", "16", "--buffer-size", "1200", "--frame-size", "48",
+    "--calibration-episodes", "4", "--epsilon-steps", "800", "--target-every", "20",
+    "--device", "cpu",
+]  # fmt: skip
+
+
+def command(*flags: str) -> list[str]:
+    return [sys.executable, str(ROOT / "dqn_clip_playhouse.py"), *map(str, flags)]
+
+
+def train(folder: Path, *flags: str) -> subprocess.CompletedProcess:
+    return subprocess.run(command(*flags), cwd=folder, capture_output=True, text=True, timeout=600)
+
+
+def only_run(folder: Path) -> Path:
+    (run,) = (folder / "runs").iterdir()
+    return run
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, random_clip):
+    """A short run to its end, uninterrupted."""
+    folder = tmp_path_factory.mktemp("finished")
+    result = train(folder, *SMALL, "--clip-model", random_clip)
+    assert result.returncode == 0, result.stderr
+    return only_run(folder), result
+
+
+def networks(run: Path, name: str = "last.pt") -> dict[str, torch.Tensor]:
+    state = torch.load(run / name, weights_only=True)
+    parts = {f"{k}.{n}": v for k in ("q_network", "target") for n, v in state[k].items()}
+    return {**parts, "beta": state["beta"]}
+
+
+def test_a_run_leaves_everything_it_promises(finished):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run, result = finished
+    for name in ("last.pt", "best.pt", "args.json", "report.json", "videos/800.mp4"):
+        assert (run / name).stat().st_size > 100, name
+    report = json.loads((run / "report.json").read_text())
+    assert set(report) == {"random", "last", "best"}
+    for row in report.values():
+        assert all(0 <= row[split]["success_rate"] <= 1 for split in ("train", "heldout"))
+    assert "video:" in result.stdout and "best" in result.stdout
+    events = EventAccumulator(str(run))
+    events.Reload()
+    for tag in (
+        "charts/episodic_return", "charts/episodic_length", "charts/SPS", "charts/epsilon",
+        "losses/td_loss", "losses/q_values", "eval/success_rate", "eval/clip_success",
+        "time/env", "time/clip", "time/update",
+    ):  # fmt: skip
+        assert all(math.isfinite(e.value) for e in events.Scalars(tag)[1:]), tag
+    assert [e.step for e in events.Scalars("eval/clip_success")] == [800, 1600]
+    assert events.Scalars("charts/epsilon")[-1].value == pytest.approx(0.05)
+
+
+def test_training_moves_every_parameter(finished, random_clip):
+    torch.manual_seed(1)
+    start = QNetwork(1, 48, 64).state_dict()
+    end = torch.load(finished[0] / "last.pt", weights_only=True)["q_network"]
+    for name, value in end.items():
+        assert not torch.equal(start[name], value), name
+
+
+def test_killed_and_resumed_equals_uninterrupted(finished, tmp_path, random_clip):
+    process = subprocess.Popen(
+        command(*SMALL, "--clip-model", random_clip, "--exp-name", tmp_path.name),
+        cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    deadline = time.time() + 300
+    while not list(tmp_path.glob("runs/*/last.pt")):
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.05)
+    time.sleep(1)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    run = only_run(tmp_path)
+    assert torch.load(run / "last.pt", weights_only=True)["step"] == 800
+    result = train(tmp_path, "--resume", run)
+    assert result.returncode == 0, result.stderr
+    expected, resumed = networks(finished[0]), networks(run)
+    for name, value in expected.items():
+        assert torch.equal(value, resumed[name]), name
+    deadline = time.time() + 30  # for the workers to see that their parent is gone
+    while subprocess.run(["pgrep", "-f", f"exp-name {tmp_path.name}"]).returncode == 0:
+        assert time.time() < deadline
+        time.sleep(0.2)
+
+
+def test_an_agent_can_be_replayed(finished):
+    run, _ = finished
+    before = json.loads((run / "report.json").read_text())
+    result = train(run.parents[1], "--evaluate", run, "--final-episodes", "4")
+    assert result.returncode == 0, result.stderr
+    assert json.loads((run / "report.json").read_text()) == before  # same seeds, same episodes
+
+
+def test_goals_are_told_apart_and_learned(tmp_path, monkeypatch, random_clip):
+    """In place of the home's goals two that are easy to see: to look up, and to look down."""
+    find, lift = (next(g for g in TRAIN_GOALS if g.family == f) for f in ("find", "lift"))
+
+    def looks(env: PlayhouseEnv, goal) -> bool:
+        return env._tilt == (2 if goal.family == "find" else 0)
+
+    monkeypatch.setattr(PlayhouseEnv, "in_goal_state", looks)
+    monkeypatch.setattr("dqn_clip_playhouse.goals_for", lambda args, goals: [find, lift])
+    monkeypatch.chdir(tmp_path)
+    flags = [
+        "--reward", "env", "--total-timesteps", "4800", "--num-envs", "8",
+        "--learning-starts", "800", "--epsilon-steps", "3000", "--updates-per-step", "0.4",
+        "--batch-size", "32", "--target-every", "50", "--learning-rate", "1e-3", "--frame-size",
+        "48", "--eval-every", "4800", "--eval-episodes", "2", "--final-episodes", "2",
+        "--buffer-size", "6400", "--score-every", "20", "--gamma", "0.5",
+        "--no-capture-video", "--clip-model", str(random_clip), "--device", "cpu",
+    ]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["dqn_clip_playhouse.py", *flags])
+    main()
+    from clip_reward import CLIPReward
+
+    state = torch.load(only_run(tmp_path) / "last.pt", weights_only=True)
+    network = QNetwork(1, 48, 64)
+    network.load_state_dict(state["q_network"])
+    text = CLIPReward(str(random_clip), [goal.prompt for goal in GOALS], "a room").goal
+    text = torch.nn.functional.normalize(text - text[:TRAIN].mean(0), dim=-1)
+    text = text[[GOALS.index(find), GOALS.index(lift)]]
+    env, right = PlayhouseEnv("rgb_array", width=48, height=48), 0
+    for seed in range(20):
+        frame, _ = env.reset(seed=10_000 + seed)
+        q = network(shrink(frame[None], 48, "cpu").repeat(2, 1, 1, 1), text)
+        right += (q.argmax(-1) == torch.tensor([ACTIONS.index("up"), ACTIONS.index("down")])).sum()
+    env.close()
+    assert right >= 36  # of 40
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--alpha", "1.5"], ["--alpha 1.5", "between 0 and 1"]),
+        (["--baseline", " "], ["--baseline", "sentence"]),
+        (["--clip-model", "no/such"], ["--clip-model no/such"]),
+        (["--num-envs", "0"], ["--num-envs 0"]),
+        (["--score-every", "7"], ["--score-every 7", "divide"]),
+        (["--policy-size", "36"], ["--policy-size 36", "multiple of 8"]),
+        (["--frame-stack", "9"], ["--frame-stack 9", "--score-every"]),
+        (["--relabel-fraction", "-0.5"], ["--relabel-fraction -0.5"]),
+        (["--buffer-size", "500"], ["--buffer-size 500", "3200"]),
+        (["--beta", "nan"], ["--beta nan", "finite"]),
+        (["--calibrate-with-labels", "--beta", "0.5"], ["--calibrate-with-labels", "--beta"]),
+        (["--temperature", "inf"], ["--temperature inf", "finite"]),
+        (["--seed", "-1"], ["--seed -1"]),
+        (["--resume", "nowhere"], ["--resume nowhere"]),
+        (["--evaluate", "nowhere"], ["--evaluate nowhere"]),
+    ],
+)
+def test_bad_input_is_one_line(tmp_path, random_clip, flags, words, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        sys, "argv", ["dqn_clip_playhouse.py", "--clip-model", str(random_clip), *flags]
+    )
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    errors = capsys.readouterr().err
+    assert exit_.value.code == 2
+    assert errors.count("\n") == 1 and all(word in errors for word in words), errors
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_resumed_run_keeps_its_arguments(finished):
+    run, _ = finished
+    result = train(run.parents[1], "--resume", run, "--gamma", "0.9")
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert re.search(r"--gamma 0.9: .* was started with 0.97", result.stderr)
