@@ -86,7 +86,7 @@ def test_a_mirrored_body_has_the_mirrored_frame_and_geometry():
         joints = {"right:hip_y": -60, "right:knee": -90, "left:shoulder1": -80, "left:elbow": -80}
         qpos[7:] = joint_targets(env, joints, mirrored)
         env.set_state(qpos, np.zeros(env.model.nv))
-        frames.append(env.render()[:40].astype(float))  # above the checkered floor
+        frames.append(env.render()[:60].astype(float))  # above the checkered floor
         points.append(geometry(env))
     env.close()
     np.testing.assert_allclose(points[0], points[1][::-1], atol=1e-6)
