@@ -6,7 +6,8 @@
 States come from scripted poses with noise, from stiff settling on the floor, from physics after
 that, and from random falls. An agent visits what nobody scripted: whatever the CLIP overrates. So,
 several times during the training, a hill climb over poses looks for states that the CLIP of that
-moment overrates, and what it visits is added to the training states. Every image gets a graded
+moment overrates, and what it visits is added to the training states. What agents reached that were
+trained on an earlier CLIP can be added too (`--start` and `--agents`). Every image gets a graded
 truth in [0, 1] for each attribute (a stance, or what the arms do), measured on the body's geometry
 in this file and never with the `TASKS` predicates, which mark the agents. A caption is a
 conjunction of attributes in random words, and its truth the smallest of theirs, so the loss knows
@@ -25,7 +26,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-from sac_clip_humanoid import HumanoidEnv  # first: it puts torch before the first GL context
+# First: it puts torch before the first GL context.
+from sac_clip_humanoid import ACTION_SCALE, Actor, HumanoidEnv, Normaliser
 
 import home_states
 import mujoco
@@ -53,6 +55,8 @@ class Args:
     """rendered states of the humanoid"""
     homes: int = 0
     """rendered states of the playhouse, trained on in every second step; 0 leaves it out"""
+    agents: tuple[Path, ...] = ()
+    """runs of sac_clip_humanoid.py: what their agents reach is trained on too"""
     searches: int = 7
     """searches for states that the CLIP overrates, spread over the training; 0 for none"""
     batch_size: int = 128
@@ -359,7 +363,11 @@ def soft(x: float, zero: float, one: float) -> float:
 
 
 def describe(env: HumanoidEnv) -> dict[str, float]:
-    """The truth in [0, 1] of every attribute, by the body's geometry."""
+    """The truth in [0, 1] of every attribute, by the body's geometry.
+
+    It goes on rising well inside each attribute. A truth that were full at the first touch would
+    give an agent nothing to hold on to there, and noise would carry it out again.
+    """
     p = env.pose()
     seat, knees, feet = (float(np.max(p.clearance[name])) for name in ("seat", "knees", "feet"))
     chest_up = env.data.xmat[env.model.body("torso").id][6]  # its forward axis along the vertical
@@ -369,7 +377,7 @@ def describe(env: HumanoidEnv) -> dict[str, float]:
         low, high = supports[:, :2].min(0), supports[:, :2].max(0)
         return float(np.max([low - p.com[:2], p.com[:2] - high]))
 
-    tall = min(soft(p.upright, 0.72, 0.88), soft(p.chest_height, 1.04, 1.16))
+    tall = min(soft(p.upright, 0.75, 0.95), soft(p.chest_height, 1.02, 1.2))
     standing_foot = p.feet[np.argmin(p.clearance["feet"])][None]
     shins = p.feet - p.knees
     knee_gap, foot_gap = np.abs(p.knees[1, 1] - p.knees[0, 1]), np.abs(p.feet[1, 1] - p.feet[0, 1])
@@ -377,34 +385,35 @@ def describe(env: HumanoidEnv) -> dict[str, float]:
     flexion = np.rad2deg(p.knee_flexion)
     from_hips = np.linalg.norm(p.hands - [[0, -0.17, -0.33], [0, 0.17, -0.33]], axis=1)
     truth = {
-        "standing": min(tall, soft(feet, 0.05, 0.025), soft(lies_outside(p.feet), 0.16, 0.1)),
+        "standing": min(tall, soft(feet, 0.05, 0.012), soft(lies_outside(p.feet), 0.16, 0.05)),
         "one_leg": min(
             tall,
-            soft(float(np.min(p.clearance["feet"])), 0.05, 0.025),
-            soft(feet, 0.02, 0.06),
-            soft(lies_outside(standing_foot), 0.16, 0.1),
+            soft(float(np.min(p.clearance["feet"])), 0.05, 0.012),
+            soft(feet, 0.02, 0.1),
+            soft(lies_outside(standing_foot), 0.16, 0.05),
         ),
         "kneeling": min(
-            soft(knees, 0.05, 0.025),
-            soft(flexion.min(), 45, 65),
-            soft(float((-shins[:, 0] - np.abs(shins[:, 1])).min()), -0.06, 0.02),
-            soft(p.upright, 0.6, 0.75),
-            soft(lies_outside(np.concatenate([p.knees, p.feet])), 0.16, 0.1),
+            soft(knees, 0.05, 0.012),
+            soft(flexion.min(), 45, 75),
+            soft(float((-shins[:, 0] - np.abs(shins[:, 1])).min()), -0.08, 0.16),
+            soft(p.knees[1, 1] - p.knees[0, 1], 0.6, 0.4),
+            soft(p.upright, 0.6, 0.85),
+            soft(lies_outside(np.concatenate([p.knees, p.feet])), 0.16, 0.05),
         ),
         "lotus": min(
-            soft(seat, 0.25, 0.18),
-            soft(knees, 0.05, 0.025),
-            soft(flexion.min(), 85, 105),
-            soft(p.knees[1, 1] - p.knees[0, 1], 0.4, 0.52),
-            soft(foot_gap / max(knee_gap, 0.01), 0.7, 0.58),
-            soft(p.upright, 0.4, 0.55),
+            soft(seat, 0.25, 0.16),
+            soft(knees, 0.05, 0.012),
+            soft(flexion.min(), 85, 115),
+            soft(p.knees[1, 1] - p.knees[0, 1], 0.4, 0.58),
+            soft(foot_gap / max(knee_gap, 0.01), 0.7, 0.5),
+            soft(p.upright, 0.4, 0.65),
         ),
         "splits": min(
-            soft(max(seat, feet), 0.06, 0.025),
-            soft(flexion.max(), 40, 27),
-            soft(p.feet[1, 1] - p.feet[0, 1], 1.05, 1.25),
-            soft(float((np.abs(p.feet[:, 1]) - np.abs(p.feet[:, 0])).min()), -0.1, 0.05),
-            soft(p.upright, 0.4, 0.55),
+            soft(max(seat, feet), 0.06, 0.012),
+            soft(flexion.max(), 40, 18),
+            soft(p.feet[1, 1] - p.feet[0, 1], 1.05, 1.3),
+            soft(float((np.abs(p.feet[:, 1]) - np.abs(p.feet[:, 0])).min()), -0.1, 0.15),
+            soft(p.upright, 0.4, 0.65),
         ),
         "half_kneeling": min(
             soft(float(p.clearance["knees"][knee_order[0]]), 0.06, 0.03),
@@ -441,20 +450,20 @@ def describe(env: HumanoidEnv) -> dict[str, float]:
             soft(p.chest_height, 0.5, 0.65),
             soft(min(knees, seat), 0.03, 0.08),
         ),
-        "raised": soft(float(p.hands_above_head.min()), -0.05, 0.02),
+        "raised": soft(float(p.hands_above_head.min()), -0.05, 0.07),
         "one_raised": min(
-            soft(float(p.hands_above_head.max()), -0.05, 0.02),
+            soft(float(p.hands_above_head.max()), -0.05, 0.07),
             soft(float(p.hands_above_head.min()), -0.02, -0.09),
         ),
         "on_hips": min(
-            soft(float(from_hips.max()), 0.18, 0.13),
-            soft(float((np.abs(p.elbows[:, 1]) - np.abs(p.hands[:, 1])).min()), -0.02, 0.02),
+            soft(float(from_hips.max()), 0.18, 0.1),
+            soft(float((np.abs(p.elbows[:, 1]) - np.abs(p.hands[:, 1])).min()), -0.02, 0.04),
         ),
         "crossed": min(
-            soft(p.hands[0, 1] - p.hands[1, 1], 0.06, 0.12),
-            soft(p.elbows[1, 1] - p.elbows[0, 1], -0.04, 0.02),
-            soft(float(p.hands[:, 0].min()), 0.05, 0.12),
-            soft(float(np.abs(p.hands[:, 2]).max()), 0.34, 0.27),
+            soft(p.hands[0, 1] - p.hands[1, 1], 0.05, 0.17),
+            soft(p.elbows[1, 1] - p.elbows[0, 1], -0.04, 0.06),
+            soft(float(p.hands[:, 0].min()), 0.05, 0.15),
+            soft(float(np.abs(p.hands[:, 2]).max()), 0.34, 0.22),
         ),
         "spread": min(
             soft(float(np.abs(p.hands[:, 1]).min()), 0.4, 0.5),
@@ -531,6 +540,7 @@ def open_studio(args: Args) -> None:
     """One per process, kept open: a renderer is slow to make."""
     global studio
     studio = Studio(args)
+    torch.set_num_threads(1)
 
 
 def new_states(job: tuple[int, int]) -> States:
@@ -550,6 +560,32 @@ def new_states(job: tuple[int, int]) -> States:
             if rng.random() < 0.35:
                 for _ in random_walk(env, int(rng.integers(2, 30)), rng):
                     pass
+                studio.shoot()
+    return studio.develop(count)
+
+
+def agent_states(job: tuple[Path, int, int]) -> States:
+    """What the agent of a checkpoint reaches, with its noise and without: a count, by a seed."""
+    checkpoint, count, seed = job
+    rng, generator, env = (
+        np.random.default_rng(seed),
+        torch.Generator().manual_seed(seed),
+        studio.env,
+    )
+    state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    obs_dim, act_dim = env.observation_space.shape[0], env.action_space.shape[0]
+    normaliser, actor = Normaliser(obs_dim), Actor(obs_dim, act_dim, state["args"]["hidden"])
+    normaliser.load_state_dict(state["normaliser"])
+    actor.load_state_dict(state["actor"])
+    while len(studio.shots) < count:
+        observation, _ = env.reset(seed=int(rng.integers(2**31)))
+        noisy = rng.random() < 0.5
+        for step in range(100):
+            with torch.no_grad():
+                s = normaliser(torch.from_numpy(observation)[None])
+                a = actor.sample(s, generator)[0] if noisy else torch.tanh(actor(s)[0])
+            observation, *_ = env.step(ACTION_SCALE * a[0].numpy())
+            if step % 5 == 4:
                 studio.shoot()
     return studio.develop(count)
 
@@ -666,6 +702,11 @@ def main(args: Args) -> None:
 
     states = States(*run_jobs(pool, new_states, jobs(args.states)))
     scripted = len(states.frames)
+    if args.agents:
+        agents = [run / name for run in args.agents for name in ("best.pt", "last.pt")]
+        agent_jobs = [(path, 2000, 1000 * args.seed + i) for i, path in enumerate(agents)]
+        reached = States(*run_jobs(pool, agent_states, agent_jobs))
+        states = States(*map(np.concatenate, zip(states, reached, strict=True)))
     center, spread = states.points.mean((0, 1)), states.points.std((0, 1)) + 1e-3
     print(f"{scripted} states in {time.time() - start:.0f} s; mean truth of each attribute:")
     print({a: round(float(m), 3) for a, m in zip(ATTRIBUTES, states.truths.mean(0), strict=True)})
@@ -746,7 +787,7 @@ def main(args: Args) -> None:
 
     def humanoid_batch():
         index = rng.integers(len(states.frames), size=args.batch_size)
-        if searches:  # a quarter of the batch: states that were overrated
+        if len(states.frames) > scripted:  # a quarter: what agents reached, or CLIP overrated
             index[1::4] = rng.integers(scripted, len(states.frames), size=len(index[1::4]))
         for i in range(0, args.batch_size, 2):  # half of it: a balanced choice of meanings
             index[i] = rng.choice(true_of[rng.integers(len(true_of))])
