@@ -1,8 +1,8 @@
-"""Rewards from a sentence: how well does a frame match a goal prompt, in the eyes of a CLIP?
+r"""Rewards from a sentence: how well does a frame match a goal prompt, in the eyes of a CLIP?
 
 Is a prompt any good? Ask before training on it, on a few frames that reach the goal or miss it:
 
-    python clip_reward.py --goal "a humanoid robot kneeling" --baseline "a humanoid robot" \\
+    python clip_reward.py --goal "a humanoid robot kneeling" --baseline "a humanoid robot" \
         --clip-model ViT-B-32/laion2b_s34b_b79k frames/*.png
 
 Papers: Rocamonde et al., "Vision-Language Models are Zero-Shot Reward Models for Reinforcement
@@ -172,7 +172,7 @@ class CLIPReward(torch.nn.Module):
             if alpha > 0 and torch.dist(g, self.baseline) < 1e-4:
                 raise ValueError(
                     f"--goal {prompts!r}: CLIP does not tell it from the baseline {baseline!r}, so"
-                    " no line runs through the two; change one of them, or pass --alpha 0"
+                    " no line runs through the two; change one of them, or take alpha 0"
                 )
 
     @torch.no_grad()

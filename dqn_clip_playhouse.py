@@ -13,6 +13,7 @@ is not public; this one is built in code, a new one for each episode.
 """
 
 import copy
+import importlib.util
 import json
 import math
 import multiprocessing
@@ -24,12 +25,13 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 os.environ.setdefault("LP_NUM_THREADS", "0")  # Mesa: each worker renders on its own core
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # to ask for CUDA does not start it
 if sys.platform == "linux":
     os.environ.setdefault("MUJOCO_GL", "egl")
 
@@ -46,19 +48,22 @@ from tqdm import tqdm
 
 from clip_reward import CLIPReward, contrastive_reward  # before mujoco: torch goes ahead of GL
 
+GL_REMEDY = (
+    "On Debian or Ubuntu: apt-get install libegl1 libgl1, or apt-get install libosmesa6 and set "
+    "MUJOCO_GL=osmesa"
+)
 try:
     import mujoco
 except Exception as error:  # mujoco raises whatever its GL loader raised
     print(
         f"MUJOCO_GL={os.environ.get('MUJOCO_GL', '')}: mujoco cannot load this renderer ({error}). "
-        "On Debian or Ubuntu: apt-get install libegl1 libgl1, or apt-get install libosmesa6 and "
-        "set MUJOCO_GL=osmesa",
+        f"{GL_REMEDY}",
         file=sys.stderr,
     )
     raise SystemExit(2) from None
 
 HERE = Path(__file__).resolve().parent
-START_METHOD = "fork" if sys.platform == "linux" else "spawn"  # which loads torch in each worker
+START_METHOD = "fork" if sys.platform == "linux" else "spawn"  # loads torch in each worker
 FAMILIES = ("find", "lift", "place")
 MAX_STEPS = 100  # of an episode
 VIDEO_SIZE = 320  # pixels, at least
@@ -78,7 +83,8 @@ class Args:
     """where CLIP, networks and replay live; auto takes CUDA if there is one"""
     total_timesteps: int = 600_000  # environment steps, over all environments
     num_envs: int = 16  # worker processes, one home in each
-    eval_every: int = 32_000  # env steps between evaluations; also the rhythm of the videos
+    eval_every: int = 32_000
+    """env steps between evaluations and videos; running episodes are cut short there"""
     eval_episodes: int = 48  # episodes of each evaluation during training
     final_episodes: int = 200
     """episodes for each row of the report at the end, in homes that selected nothing"""
@@ -116,7 +122,7 @@ class Args:
     clip_model: str = str(HERE / "tests" / "tiny_clip")
     """folder, ARCH/TAG or ARCH/FILE of open_clip, or hf-hub:ID"""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """of CLIP; auto is bf16 where the processor has it"""
+    """of CLIP; auto is bf16 on CUDA (older than Ampere: take fp32), or a CPU with AVX512-BF16"""
     compile: bool = False  # torch.compile CLIP's image tower
     score_every: int = 4
     """steps of all environments whose frames make one CLIP batch; episodes end only after them"""
@@ -195,6 +201,17 @@ def check_args(args: Args) -> None:
         args.num_envs * 2 * MAX_STEPS <= args.buffer_size,
         f"--buffer-size {args.buffer_size}: holds fewer than two episodes of {args.num_envs} "
         f"environments; raise it to {args.num_envs * 2 * MAX_STEPS}",
+    )
+    for name in ("eval_every", "checkpoint_every"):
+        value, least = getattr(args, name), MAX_STEPS * args.num_envs
+        check(
+            value >= least,
+            f"--{flag(name)} {value}: cuts every episode of {MAX_STEPS} steps short; raise it to "
+            f"{least}",
+        )
+    check(
+        not args.track or importlib.util.find_spec("wandb") is not None,
+        "--track: wandb is not installed; pip install wandb",
     )
     check(
         args.device != "cuda" or torch.cuda.is_available(),
@@ -944,7 +961,7 @@ def goals_for(args: Args, goals: Sequence[Goal]) -> list[Goal]:
 
 @contextmanager
 def worker_failures(envs: gym.vector.AsyncVectorEnv, stage: str):
-    """A worker that dies, hangs or raises ends the run in one line, and takes no worker along."""
+    """A worker that dies, hangs or raises ends the run in one line; no process is left behind."""
     try:
         yield
     except Exception as error:
@@ -1154,6 +1171,9 @@ def shrink(frames: np.ndarray, size: int, device) -> torch.Tensor:
     return x.unflatten(2, (size, factor)).unflatten(1, (size, factor)).float().mean((2, 4)).byte()
 
 
+TRAINING, SELECTION, REPORT, CALIBRATION = range(4)  # uses of a seed; no two share a home
+
+
 def reset_seed(*key: int) -> int:
     """The seed of one reset, from (seed, use, environment, episode)."""
     return int(np.random.SeedSequence(key).generate_state(1)[0])
@@ -1198,7 +1218,7 @@ def evaluate(
                 results[name].append(values[i])
                 results[f"{name}_{GOALS[goal[i]].family}"].append(values[i])
     means = {name: float(np.mean(results[name])) for name in sorted(results)}
-    return {"episodes": episodes} | means, film
+    return means, film
 
 
 def write_video(film: np.ndarray, path: Path, writer: SummaryWriter | None, step: int) -> None:
@@ -1226,7 +1246,7 @@ def load_checkpoint(run: Path, name: str, option: str) -> dict:
         return torch.load(run / name, map_location="cpu", weights_only=True)
     except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        check(False, f"{option} {run}: cannot load its {name} ({reason}); name a run's folder")
+        check(False, f"{option} {run}: cannot load its {name} ({reason}); name a run that has one")
 
 
 def parse_args() -> Args:
@@ -1250,11 +1270,11 @@ def parse_args() -> Args:
         free |= {"final_episodes", "num_envs", "precision", "worker_timeout", "clip_model"}
     saved = Args(**{k: Path(v) if k == "output" else v for k, v in saved.items()})
     args = tyro.cli(Args, default=saved, description=__doc__)
-    for field in fields(Args):
-        old, new = getattr(saved, field.name), getattr(args, field.name)
+    for name, old in asdict(saved).items():
+        new = getattr(args, name)
         check(
-            old == new or field.name in free,
-            f"--{flag(field.name)} {new}: {run} was started with {old}; leave it out",
+            old == new or name in free,
+            f"--{flag(name)} {new}: {run} was started with {old}; leave it out",
         )
     return args
 
@@ -1285,8 +1305,7 @@ def main() -> None:
     probe.join(args.worker_timeout)
     check(
         probe.exitcode == 0,
-        f"MUJOCO_GL={os.environ.get('MUJOCO_GL')}: cannot render here. On Debian or Ubuntu: "
-        "apt-get install libegl1 libgl1, or apt-get install libosmesa6 and set MUJOCO_GL=osmesa",
+        f"MUJOCO_GL={os.environ.get('MUJOCO_GL')}: cannot render here. {GL_REMEDY}",
     )
 
     # The workers are forked before this process touches CUDA, and never touch it themselves.
@@ -1334,8 +1353,10 @@ def main() -> None:
 
     def final_report(run: Path) -> None:
         """The best and the last agent, beside a random one, in unseen homes."""
-        report = defaultdict(dict)
+        report, key = defaultdict(dict), (args.seed, REPORT)
         for name in ("random", "last", "best"):
+            if name == "last" and not (run / "last.pt").exists():
+                continue  # killed between its first evaluation and its first checkpoint
             state = load_checkpoint(
                 run, f"{name}.pt" if name != "random" else "best.pt", "--evaluate"
             )
@@ -1344,17 +1365,14 @@ def main() -> None:
             player = partial(act, epsilon=1.0) if name == "random" else policy
             for split, goals in (("train", train_goals), ("heldout", heldout_goals)):
                 report[name][split], _ = evaluate(
-                    envs, player, clip_reached, args.final_episodes, (args.seed, 2), goals,
-                    args, device,
-                )  # fmt: skip
+                    envs, player, clip_reached, args.final_episodes, key, goals, args, device
+                )
                 numbers = ", ".join(f"{k} {v:.3f}" for k, v in report[name][split].items())
                 print(f"{name:>6}, {split:>7} goals: {numbers}")
         (run / "report.json").write_text(json.dumps(report, indent=2) + "\n")
         if video_envs is not None:
             video = run / "videos" / "best.mp4"
-            _, film = evaluate(
-                video_envs, policy, None, 1, (args.seed, 2), train_goals, args, device
-            )
+            _, film = evaluate(video_envs, policy, None, 1, key, train_goals, args, device)
             write_video(film, video, None, 0)
             print(f"video: {video}")
 
@@ -1392,7 +1410,9 @@ def main() -> None:
         best_success, episode[:] = state["best_success"], state["episode"]
         replay.load(run / "replay", saved_block)
     elif args.reward != "env" and args.beta is None:
-        scores, truth = random_play(envs, score, args.calibration_episodes, (args.seed, 3), args)
+        scores, truth = random_play(
+            envs, score, args.calibration_episodes, (args.seed, CALIBRATION), args
+        )
         beta.copy_(calibrate(scores, truth, args.false_positive_rate))
         print({family: beta[COLUMNS["train"][family][0]].item() for family in FAMILIES})
     untrained = [i for i, goal in enumerate(GOALS) if goal not in train_goals + heldout_goals]
@@ -1430,14 +1450,14 @@ def main() -> None:
     def stop_if_nan(stage: str, values: Iterable[torch.Tensor]) -> None:
         check(
             all(value.isfinite().all() for value in values),
-            f"step {step}: {stage} is not finite; {run}/last.pt is from before it. Start anew with "
-            "a lower --learning-rate or --precision fp32",
+            f"step {step}: {stage} is not finite; checkpoints in {run} are from before it. Start "
+            "anew with a lower --learning-rate or --precision fp32",
             exit_code=1,
         )
 
     def reset(ended: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Frames, and goals, of the next episode where one ended, seeded by its number."""
-        seeds = [reset_seed(args.seed, 0, i, int(n)) for i, n in enumerate(episode)]
+        seeds = [reset_seed(args.seed, TRAINING, i, int(n)) for i, n in enumerate(episode)]
         episode[ended] += 1
         with worker_failures(envs, f"step {step}: reset"):
             envs.reset_async(seed=seeds, options={"reset_mask": ended})
@@ -1531,28 +1551,27 @@ def main() -> None:
         own_score = scores.gather(2, own.expand(len(scores), -1)[..., None])[..., 0]
         r = (own_score > beta[own]).cpu().numpy()  # [K, N]
         last = step >= args.total_timesteps
+        # The first block at or past each multiple
         boundary = args.num_envs * args.score_every
         evaluates = last or step % args.eval_every < boundary
         saves = last or step % args.checkpoint_every < boundary
         done = r.any(0) | truncated
-        ended = done | evaluates | saves  # running episodes are cut short there
+        ended = done | evaluates | saves  # which cut the running episodes short
         episodes["charts/episodic_return"] += r.any(0)[done].tolist()
         episodes["charts/episodic_length"] += age[done].tolist()
         episodes["charts/precision"] += success[r].tolist()  # is it done where r = 1?
         lap("clip")
 
-        # ---- Evaluate, save, reset, log
+        # ---- Evaluate, log, save, reset
         if evaluates or saves:
             stop_if_nan("the network", q_network.parameters())
         if evaluates:
+            key = args.seed, SELECTION
             summary, _ = evaluate(
-                envs, policy, clip_reached, args.eval_episodes, (args.seed, 1), train_goals,
-                args, device,
-            )  # fmt: skip
+                envs, policy, clip_reached, args.eval_episodes, key, train_goals, args, device
+            )
             if video_envs is not None:
-                _, film = evaluate(
-                    video_envs, policy, None, 1, (args.seed, 1), train_goals, args, device
-                )
+                _, film = evaluate(video_envs, policy, None, 1, key, train_goals, args, device)
                 write_video(film, run / "videos" / f"{step}.mp4", writer, step)
             for name, value in summary.items():
                 writer.add_scalar(f"eval/{name}", value, step)
@@ -1562,6 +1581,17 @@ def main() -> None:
                 best_success = selected
                 save_checkpoint("best.pt")
             lap("evaluate")
+        if saves or step // boundary % 50 == 0:
+            scalars = {name: np.mean(values) for name, values in episodes.items() if values}
+            if loss is not None:
+                stop_if_nan("the loss", [loss])
+                scalars |= {"losses/td_loss": loss.item(), "losses/q_values": q.mean().item()}
+            scalars |= {f"time/{k}": value / (step - first_step) for k, value in seconds.items()}
+            scalars |= {"charts/epsilon": epsilon}
+            scalars["charts/SPS"] = (step - first_step) / (time.time() - started)
+            for name, value in scalars.items():
+                writer.add_scalar(name, value, step)
+            episodes.clear()
         if saves:
             replay.save(run / "replay", saved_block)
             saved_block = replay.head
@@ -1575,17 +1605,6 @@ def main() -> None:
             stack[new] = small[new].repeat(1, 1, 1, args.frame_stack)
             goal, age = np.where(ended, new_goal, goal), np.where(ended, 0, age)
             lap("env")
-        if step // boundary % 50 == 0:
-            scalars = {name: np.mean(values) for name, values in episodes.items() if values}
-            if loss is not None:
-                stop_if_nan("the loss", [loss])
-                scalars |= {"losses/td_loss": loss.item(), "losses/q_values": q.mean().item()}
-            scalars |= {f"time/{k}": value / (step - first_step) for k, value in seconds.items()}
-            scalars |= {"charts/epsilon": epsilon}
-            scalars["charts/SPS"] = (step - first_step) / (time.time() - started)
-            for name, value in scalars.items():
-                writer.add_scalar(name, value, step)
-            episodes.clear()
     bar.close()
     writer.close()
     final_report(run)

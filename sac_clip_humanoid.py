@@ -1,9 +1,10 @@
-"""Train a MuJoCo humanoid to take a pose described by one sentence: SAC on a CLIP reward.
+r"""Train a MuJoCo humanoid to take a pose described by one sentence: SAC on a CLIP reward.
 
     python sac_clip_humanoid.py                                      # kneeling, on a laptop CPU
     python sac_clip_humanoid.py --goal "a humanoid robot meditating in the lotus pose"
-    python sac_clip_humanoid.py --clip-model ViT-bigG-14/laion2b_s39b_b160k --frame-size 224 \\
-        --total-timesteps 10_000_000 --learning-starts 50_000 --batch-size 512       # the paper
+    python sac_clip_humanoid.py --clip-model ViT-bigG-14/laion2b_s39b_b160k --frame-size 224 \
+        --total-timesteps 10_000_000 --learning-starts 50_000 --batch-size 512 \
+        --updates-per-step 0.03                                                     # the paper
 
 CLIP looks at each frame and says how far it lies on the way from the baseline prompt ("a humanoid
 robot") to the goal prompt ("a humanoid robot kneeling"). That number is the whole reward: no state,
@@ -15,6 +16,7 @@ Learning", ICLR 2024, https://arxiv.org/abs/2310.12921
 """
 
 import copy
+import importlib.util
 import json
 import math
 import multiprocessing
@@ -23,14 +25,15 @@ import signal
 import sys
 import threading
 import time
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 os.environ.setdefault("LP_NUM_THREADS", "0")  # Mesa: each worker renders on its own core
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # to ask for CUDA does not start it
 if sys.platform == "linux":
     os.environ.setdefault("MUJOCO_GL", "egl")
 
@@ -47,20 +50,23 @@ from tqdm import tqdm
 
 from clip_reward import CLIPReward  # before mujoco: torch must load ahead of the first GL context
 
+GL_REMEDY = (
+    "On Debian or Ubuntu: apt-get install libegl1 libgl1, or apt-get install libosmesa6 and set "
+    "MUJOCO_GL=osmesa"
+)
 try:
     import mujoco
     from gymnasium.envs.mujoco.humanoid_v5 import HumanoidEnv as MujocoHumanoid
 except Exception as error:  # mujoco raises whatever its GL loader raised
     print(
         f"MUJOCO_GL={os.environ.get('MUJOCO_GL', '')}: mujoco cannot load this renderer ({error}). "
-        "On Debian or Ubuntu: apt-get install libegl1 libgl1, or apt-get install libosmesa6 and "
-        "set MUJOCO_GL=osmesa",
+        f"{GL_REMEDY}",
         file=sys.stderr,
     )
     raise SystemExit(2) from None
 
 HERE = Path(__file__).resolve().parent
-START_METHOD = "fork" if sys.platform == "linux" else "spawn"  # which loads torch in each worker
+START_METHOD = "fork" if sys.platform == "linux" else "spawn"  # loads torch in each worker
 ACTION_SCALE = 0.4  # torque limit of Humanoid-v5; policies act in [-1, 1]
 
 
@@ -74,7 +80,8 @@ class Args:
     """where CLIP, networks and replay live; auto takes CUDA if there is one"""
     total_timesteps: int = 300_000  # environment steps, over all environments
     num_envs: int = 16  # worker processes, one humanoid in each
-    eval_every: int = 16_000  # env steps between evaluations; also the rhythm of the videos
+    eval_every: int = 16_000
+    """env steps between evaluations and videos; running episodes are cut short there"""
     eval_episodes: int = 16  # episodes of each evaluation during training
     final_episodes: int = 100
     """episodes of the evaluation at the end, on seeds that selected nothing"""
@@ -110,7 +117,8 @@ class Args:
     clip_model: str = str(HERE / "tests" / "tiny_clip")
     """folder, ARCH/TAG or ARCH/FILE of open_clip, or hf-hub:ID"""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """of CLIP, and allowed in the updates; auto is bf16 where the processor has it"""
+    """of CLIP, and allowed in the updates; auto is bf16 on CUDA (older than Ampere: take fp32) and
+    on a CPU with AVX512-BF16"""
     compile: bool = False  # torch.compile CLIP's image tower
     score_every: int = 8  # steps of all environments whose frames make one CLIP batch
 
@@ -168,9 +176,18 @@ def check_args(args: Args) -> None:
         f"--batch-size {args.batch_size}: larger than --buffer-size {args.buffer_size}; lower it",
     )
     check(
-        args.num_envs * 200 <= args.buffer_size,
-        f"--buffer-size {args.buffer_size}: holds fewer than 200 steps of {args.num_envs} "
-        f"environments; raise it to {args.num_envs * 200}",
+        args.num_envs <= args.buffer_size,
+        f"--buffer-size {args.buffer_size}: less than --num-envs {args.num_envs}; raise it",
+    )
+    for name in ("eval_every", "checkpoint_every"):
+        value, least = getattr(args, name), 100 * args.num_envs
+        check(
+            value >= least,
+            f"--{flag(name)} {value}: cuts every episode of 100 steps short; raise it to {least}",
+        )
+    check(
+        not args.track or importlib.util.find_spec("wandb") is not None,
+        "--track: wandb is not installed; pip install wandb",
     )
     check(
         args.device != "cuda" or torch.cuda.is_available(),
@@ -315,7 +332,7 @@ class HumanoidEnv(MujocoHumanoid):
     """A 3D humanoid that is to take a pose, seen by a fixed camera.
 
     ## Description
-    Gymnasium's Humanoid-v5 body (17 joints, 1.5 m tall, facing the camera) in the setting of
+    Gymnasium's Humanoid-v5 body (17 joints, 1.6 m tall, facing the camera) in the setting of
     "Vision-Language Models are Zero-Shot Reward Models for RL" (arXiv 2310.12921): short episodes
     of fixed length, nothing ends them early, and the frame, not the state, is what gets rewarded.
 
@@ -419,9 +436,6 @@ class HumanoidEnv(MujocoHumanoid):
         mujoco.mj_kinematics(self.model, self.data)
         info = {} if self.task is None else {"goal_state": self.in_goal_state()}
         return observation, float(reward), terminated, truncated, info
-
-    def _get_reset_info(self):
-        return {}
 
     def render(self):
         if self.render_mode is None:
@@ -535,7 +549,7 @@ def make_envs(args: Args, num_envs: int, size: int) -> gym.vector.AsyncVectorEnv
 
 @contextmanager
 def worker_failures(envs: gym.vector.AsyncVectorEnv, stage: str):
-    """A worker that dies, hangs or raises ends the run in one line, and takes no worker along."""
+    """A worker that dies, hangs or raises ends the run in one line; no process is left behind."""
     try:
         yield
     except Exception as error:
@@ -556,55 +570,33 @@ def worker_failures(envs: gym.vector.AsyncVectorEnv, stage: str):
 
 
 class Replay:
-    """A ring with a row for each step of all N environments; each observation is stored once.
-
-    Row t holds s, a, r and whether s' is terminal; s' itself is the s of row t + 1. Where an
-    episode ends, s' takes a row of its own, from which no transition starts.
-    """
+    """A ring of rows on the device: (s, a, r, s', terminated) of all N environments at a step."""
 
     def __init__(self, capacity: int, num_envs: int, obs_dim: int, act_dim: int, device):
         self.rows, self.num_envs, self.device = capacity // num_envs, num_envs, device
-        self.head = 0  # the next row; row t lies at t % rows
+        self.head = 0  # rows added so far; row t lies at t % rows
         self.data = [
             torch.zeros(self.rows, num_envs, *shape, device=device)
-            for shape in ((obs_dim,), (act_dim,), (), ())  # s, a, r, terminated
+            for shape in ((obs_dim,), (act_dim,), (), (obs_dim,), ())
         ]
-        self.alive = deque()  # the rows that start a transition, until s is overwritten
-        self.starts = torch.zeros(self.rows, dtype=torch.int64, device=device)  # a ring of them
-        self.count = 0  # written to `starts` so far
 
-    def add(self, s, a, r, s_next, terminated, episode_ends: bool) -> None:
-        """One step of every environment, [N, ...] each."""
-        for ring, value in zip(self.data, (s, a, r, terminated), strict=True):
+    def add(self, *row: torch.Tensor) -> None:
+        """s [N, O], a [N, A], r [N], s' [N, O], terminated [N]."""
+        for ring, value in zip(self.data, row, strict=True):
             ring[self.head % self.rows] = value
-        self.data[0][(self.head + 1) % self.rows] = s_next
-        self.starts[self.count % self.rows] = self.head
-        self.alive.append(self.head)
-        self.count += 1
-        self.head += 1 + episode_ends
-        while self.alive[0] <= self.head - self.rows:
-            self.alive.popleft()
+        self.head += 1
 
-    def sample(self, batch_size: int, generator: torch.Generator):
+    def sample(self, batch_size: int, generator: torch.Generator) -> list[torch.Tensor]:
+        """s [B, O], a [B, A], r [B], s' [B, O], terminated [B]."""
         options = {"size": (batch_size,), "generator": generator, "device": self.device}
-        age, env = (
-            torch.randint(len(self.alive), **options),
-            torch.randint(self.num_envs, **options),
-        )
-        row = self.starts[(self.count - 1 - age) % self.rows]
-        s, a, r, terminated = (ring[row % self.rows, env] for ring in self.data)
-        s_next = self.data[0][(row + 1) % self.rows, env]
-        return s, a, r, s_next, terminated  # [B, O], [B, A], [B], [B, O], [B]
+        row = torch.randint(min(self.head, self.rows), **options)
+        env = torch.randint(self.num_envs, **options)
+        return [ring[row, env] for ring in self.data]
 
     def save(self, folder: Path, first: int) -> None:
         """Append rows [first, head) as one file; what is on disk already is not written again."""
-        first_kept = max(first, self.head - self.rows)
-        rows = torch.arange(first_kept, self.head) % self.rows
-        part = {
-            "data": [ring[rows].cpu() for ring in self.data],
-            "starts": [row for row in self.alive if row >= first_kept],
-        }
-        atomic_save(part, folder / f"{first}-{self.head}.pt")
+        rows = torch.arange(max(first, self.head - self.rows), self.head) % self.rows
+        atomic_save([ring[rows].cpu() for ring in self.data], folder / f"{first}-{self.head}.pt")
         for path in folder.glob("*-*.pt"):
             if int(path.stem.split("-")[1]) <= first - self.rows:  # not even last.pt needs it
                 path.unlink()
@@ -617,21 +609,18 @@ class Replay:
                 ends[end].unlink()
                 continue
             part = torch.load(ends[end], map_location=self.device, weights_only=True)
-            rows = torch.arange(end - len(part["data"][0]), end)
-            for ring, value in zip(self.data, part["data"], strict=True):
+            rows = torch.arange(end - len(part[0]), end)
+            for ring, value in zip(self.data, part, strict=True):
                 ring[rows % self.rows] = value
-            self.alive.extend(row for row in part["starts"] if row > head - self.rows)
             filled += int((rows >= head - self.rows).sum())
         check(
             filled >= min(head, self.rows),
             f"--resume {folder.parent}: files are missing in its replay/; restore them",
         )
-        self.count = len(self.alive)
-        self.starts[: self.count] = torch.tensor(self.alive)
 
 
 class Normaliser(nn.Module):
-    """Standardises observations by the mean and variance of all that were collected."""
+    """Standardises observations by the running mean and variance of every s'."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -651,7 +640,7 @@ class Normaliser(nn.Module):
 
 
 class TwinQ(nn.Module):
-    """Both critics as one batch of two: Q(s, a) [2, B]."""
+    """Both critics as one batch of two, for half as many kernels: Q(s, a) [2, B]."""
 
     def __init__(self, obs_dim: int, act_dim: int, hidden: int):
         super().__init__()
@@ -691,6 +680,9 @@ class Actor(nn.Module):
         # log(1 - tanh(u)^2), in a form that neither overflows nor cancels
         log_jacobian = 2 * (math.log(2) - u - F.softplus(-2 * u))
         return torch.tanh(u), (log_normal - log_jacobian).sum(-1)
+
+
+TRAINING, SELECTION, REPORT = range(3)  # what a reset is for: no two of them share a seed
 
 
 def reset_seed(*key: int) -> int:
@@ -737,7 +729,7 @@ def evaluate(envs, policy, clip, episodes: int, key: tuple, args: Args):
             results["success_rate"] += (goal_state >= 0.5).tolist()
             results["goal_state"] += goal_state.tolist()
     means = {name: float(np.mean(values[:episodes])) for name, values in results.items()}
-    return {"episodes": episodes} | means, film
+    return means, film
 
 
 def write_video(film: np.ndarray, path: Path, writer: SummaryWriter | None, step: int) -> None:
@@ -765,7 +757,7 @@ def load_checkpoint(run: Path, name: str, option: str) -> dict:
         return torch.load(run / name, map_location="cpu", weights_only=True)
     except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        check(False, f"{option} {run}: cannot load its {name} ({reason}); name a run's folder")
+        check(False, f"{option} {run}: cannot load its {name} ({reason}); name a run that has one")
 
 
 def parse_args() -> Args:
@@ -789,11 +781,11 @@ def parse_args() -> Args:
         free |= {"final_episodes", "num_envs", "precision", "worker_timeout", "clip_model"}
     saved = Args(**saved)
     args = tyro.cli(Args, default=saved, description=__doc__)
-    for field in fields(Args):
-        old, new = getattr(saved, field.name), getattr(args, field.name)
+    for name, old in asdict(saved).items():
+        new = getattr(args, name)
         check(
-            old == new or field.name in free,
-            f"--{flag(field.name)} {new}: {run} was started with {old}; leave it out",
+            old == new or name in free,
+            f"--{flag(name)} {new}: {run} was started with {old}; leave it out",
         )
     return args
 
@@ -818,13 +810,13 @@ def main() -> None:
             )  # fmt: skip
         except ValueError as error:
             check(False, str(error))
+    draws = clip is not None or args.capture_video or args.evaluate is not None
     probe = multiprocessing.get_context(START_METHOD).Process(target=draw_one_frame, daemon=True)
     probe.start()
     probe.join(args.worker_timeout)
     check(
-        probe.exitcode == 0,
-        f"MUJOCO_GL={os.environ.get('MUJOCO_GL')}: cannot render here. On Debian or Ubuntu: "
-        "apt-get install libegl1 libgl1, or apt-get install libosmesa6 and set MUJOCO_GL=osmesa",
+        probe.exitcode == 0 or not draws,
+        f"MUJOCO_GL={os.environ.get('MUJOCO_GL')}: cannot render here. {GL_REMEDY}",
     )
 
     # The workers are forked before this process touches CUDA, and never touch it themselves.
@@ -869,18 +861,22 @@ def main() -> None:
             "last": policy,
             "best": policy,
         }
-        report = {}
+        report, key = {}, (args.seed, REPORT)
         for name, act in policies.items():
+            if name == "last" and not (run / "last.pt").exists():
+                continue  # killed between its first evaluation and its first checkpoint
             if act is policy:
                 state = load_checkpoint(run, f"{name}.pt", "--evaluate")
                 actor.load_state_dict(state["actor"])
                 normaliser.load_state_dict(state["normaliser"])
-            report[name], _ = evaluate(envs, act, clip, args.final_episodes, (args.seed, 2), args)
+            report[name], _ = evaluate(
+                envs, act, clip, args.final_episodes, (args.seed, REPORT), args
+            )
             print(f"{name:>6}:", ", ".join(f"{k} {v:.3f}" for k, v in report[name].items()))
         (run / "report.json").write_text(json.dumps(report, indent=2) + "\n")
         if video_envs is not None:
             video = run / "videos" / "best.mp4"
-            _, film = evaluate(video_envs, policy, None, 1, (args.seed, 2), args)
+            _, film = evaluate(video_envs, policy, None, 1, key, args)
             write_video(film, video, None, 0)
             print(f"video: {video}")
 
@@ -938,14 +934,14 @@ def main() -> None:
     def stop_if_nan(stage: str, values: Iterable[torch.Tensor]) -> None:
         check(
             all(value.isfinite().all() for value in values),
-            f"step {step}: {stage} is not finite; {run}/last.pt is from before it. Start anew with "
-            "a lower --learning-rate or --precision fp32",
+            f"step {step}: {stage} is not finite; checkpoints in {run} are from before it. Start "
+            "anew with a lower --learning-rate or --precision fp32",
             exit_code=1,
         )
 
     def reset(ended: np.ndarray) -> dict[str, np.ndarray]:
         """Start the next episode of the environments that ended, seeded by its number."""
-        seeds = [reset_seed(args.seed, 0, i, int(n)) for i, n in enumerate(episode)]
+        seeds = [reset_seed(args.seed, TRAINING, i, int(n)) for i, n in enumerate(episode)]
         episode[ended] += 1
         with worker_failures(envs, f"step {step}: reset"):
             envs.reset_async(seed=seeds, options={"reset_mask": ended})
@@ -982,7 +978,7 @@ def main() -> None:
         torch.set_float32_matmul_precision("medium" if args.precision == "bf16" else "highest")
         due = math.floor((step + args.num_envs) * args.updates_per_step)
         due -= math.floor(step * args.updates_per_step)
-        if step < args.learning_starts or not replay.alive:  # which waits for the first scores
+        if step < args.learning_starts or replay.head == 0:  # it waits for the first scores
             due = 0
         for _ in range(due):
             s_t, a_t, r_t, s_next, terminated_t = replay.sample(args.batch_size, generator)
@@ -1029,20 +1025,22 @@ def main() -> None:
         lap("env")
         step += args.num_envs
         last = step >= args.total_timesteps
+        # The first step at or past each multiple, whatever --num-envs is
         evaluates = last or step % args.eval_every < args.num_envs
         saves = last or step % args.checkpoint_every < args.num_envs
         done = terminated | truncated
-        ended = done | evaluates | saves  # running episodes are cut short there
-        pending.append((s, a, reward, terminated, next_observation, done, ended))
+        ended = done | evaluates | saves  # which cut the running episodes short
+        pending.append((next_observation, s, a, reward, terminated, done, ended))
 
         # ---- Score the frames of several steps in one batch, and store
         if len(pending) == args.score_every or evaluates or saves:
             if clip is not None:
-                frames = np.stack([p[4]["frame"] for p in pending])  # [T, N, H, W, 3]
+                frames = np.stack([p[0]["frame"] for p in pending])  # [T, N, H, W, 3]
                 scores = clip(frames.reshape(-1, *frames.shape[2:])).view(frames.shape[:2])
                 stop_if_nan("the CLIP reward", [scores])
                 clip_rewards = scores.cpu().numpy()
-            for t, (s, a, reward, terminated, following, done, cut) in enumerate(pending):
+            # The last of these is the present step, so that each name ends as it began.
+            for t, (next_observation, s, a, reward, terminated, done, ended) in enumerate(pending):
                 gained = {"episodic_return": reward, "episodic_length": 1}
                 r = torch.as_tensor(reward, device=device)
                 if clip is not None:
@@ -1051,22 +1049,23 @@ def main() -> None:
                 for name, value in gained.items():
                     totals[name] += value
                     episodes[f"charts/{name}"] += totals[name][done].tolist()
-                    totals[name][cut] = 0
-                s_next = torch.from_numpy(following["state"]).to(device)
-                terminated = torch.from_numpy(terminated).to(device)
-                replay.add(s, a, r, s_next, terminated, bool(cut.any()))
+                    totals[name][ended] = 0
+                s_next = torch.from_numpy(next_observation["state"]).to(device)
+                replay.add(s, a, r, s_next, torch.from_numpy(terminated).to(device))
                 normaliser.update(s_next)
             pending.clear()
             lap("clip")
 
-        # ---- Evaluate, save, reset, log
+        # ---- Evaluate, log, save, reset
         if evaluates or saves:
             networks = (*actor.parameters(), *critic.parameters(), *normaliser.buffers())
             stop_if_nan("a network", [*losses.values(), *networks, log_ent_coef])
         if evaluates:
-            summary, _ = evaluate(envs, policy, clip, args.eval_episodes, (args.seed, 1), args)
+            summary, _ = evaluate(
+                envs, policy, clip, args.eval_episodes, (args.seed, SELECTION), args
+            )
             if video_envs is not None:
-                _, film = evaluate(video_envs, policy, None, 1, (args.seed, 1), args)
+                _, film = evaluate(video_envs, policy, None, 1, (args.seed, SELECTION), args)
                 write_video(film, run / "videos" / f"{step}.mp4", writer, step)
             for name, value in summary.items():
                 writer.add_scalar(f"eval/{name}", value, step)
@@ -1076,6 +1075,15 @@ def main() -> None:
                 best_return = selected
                 save_checkpoint("best.pt")
             lap("evaluate")
+        if saves or step // args.num_envs % 100 == 0:
+            stop_if_nan("a loss", losses.values())
+            scalars = {f"losses/{name}": value.item() for name, value in losses.items()}
+            scalars |= {name: np.mean(values) for name, values in episodes.items() if values}
+            scalars |= {f"time/{k}": value / (step - first_step) for k, value in seconds.items()}
+            scalars["charts/SPS"] = (step - first_step) / (time.time() - started)
+            for name, value in scalars.items():
+                writer.add_scalar(name, value, step)
+            episodes.clear()
         if saves:
             replay.save(run / "replay", saved_row)
             saved_row = replay.head
@@ -1085,15 +1093,6 @@ def main() -> None:
         observation = reset(ended) if ended.any() else next_observation
         lap("env")
         bar.update(args.num_envs)
-        if step // args.num_envs % 100 == 0:
-            stop_if_nan("a loss", losses.values())
-            scalars = {f"losses/{name}": value.item() for name, value in losses.items()}
-            scalars |= {name: np.mean(values) for name, values in episodes.items() if values}
-            scalars |= {f"time/{k}": value / (step - first_step) for k, value in seconds.items()}
-            scalars["charts/SPS"] = (step - first_step) / (time.time() - started)
-            for name, value in scalars.items():
-                writer.add_scalar(name, value, step)
-            episodes.clear()
     bar.close()
     writer.close()
     final_report(run)

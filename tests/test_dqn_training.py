@@ -3,10 +3,7 @@
 import json
 import math
 import re
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -30,6 +27,7 @@ from dqn_clip_playhouse import (  # first: it puts torch before the first GL con
 
 import numpy as np
 import torch
+from whole_runs import kill_after_a_checkpoint, only_run, scalars, train
 
 TRAIN, ALL = len(TRAIN_GOALS), len(GOALS)
 
@@ -203,6 +201,7 @@ def test_the_network_depends_on_goal_and_every_frame():
 
 # ---- Whole runs ---------------------------------------------------------------------------------
 
+SCRIPT = "dqn_clip_playhouse.py"
 SMALL = [
     "--total-timesteps", "1600", "--num-envs", "4", "--learning-starts", "400",
     "--eval-every", "800", "--checkpoint-every", "800", "--eval-episodes", "4",
@@ -212,24 +211,11 @@ SMALL = [
 ]  # fmt: skip
 
 
-def command(*flags: str) -> list[str]:
-    return [sys.executable, str(ROOT / "dqn_clip_playhouse.py"), *map(str, flags)]
-
-
-def train(folder: Path, *flags: str) -> subprocess.CompletedProcess:
-    return subprocess.run(command(*flags), cwd=folder, capture_output=True, text=True, timeout=600)
-
-
-def only_run(folder: Path) -> Path:
-    (run,) = (folder / "runs").iterdir()
-    return run
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, random_clip):
     """A short run to its end, uninterrupted."""
     folder = tmp_path_factory.mktemp("finished")
-    result = train(folder, *SMALL, "--clip-model", random_clip)
+    result = train(SCRIPT, folder, *SMALL, "--clip-model", random_clip)
     assert result.returncode == 0, result.stderr
     return only_run(folder), result
 
@@ -241,8 +227,6 @@ def networks(run: Path, name: str = "last.pt") -> dict[str, torch.Tensor]:
 
 
 def test_a_run_leaves_everything_it_promises(finished):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     run, result = finished
     for name in ("last.pt", "best.pt", "args.json", "report.json", "videos/800.mp4"):
         assert (run / name).stat().st_size > 100, name
@@ -251,16 +235,15 @@ def test_a_run_leaves_everything_it_promises(finished):
     for row in report.values():
         assert all(0 <= row[split]["success_rate"] <= 1 for split in ("train", "heldout"))
     assert "video:" in result.stdout and "best" in result.stdout
-    events = EventAccumulator(str(run))
-    events.Reload()
+    logged = scalars(run)
     for tag in (
         "charts/episodic_return", "charts/episodic_length", "charts/SPS", "charts/epsilon",
         "losses/td_loss", "losses/q_values", "eval/success_rate", "eval/clip_success",
         "time/env", "time/clip", "time/update",
     ):  # fmt: skip
-        assert all(math.isfinite(e.value) for e in events.Scalars(tag)[1:]), tag
-    assert [e.step for e in events.Scalars("eval/clip_success")] == [800, 1600]
-    assert events.Scalars("charts/epsilon")[-1].value == pytest.approx(0.05)
+        assert all(math.isfinite(e.value) for e in logged[tag][1:]), tag
+    assert [e.step for e in logged["eval/clip_success"]] == [800, 1600]
+    assert logged["charts/epsilon"][-1].value == pytest.approx(0.05)
 
 
 def test_training_moves_every_parameter(finished, random_clip):
@@ -272,34 +255,35 @@ def test_training_moves_every_parameter(finished, random_clip):
 
 
 def test_killed_and_resumed_equals_uninterrupted(finished, tmp_path, random_clip):
-    process = subprocess.Popen(
-        command(*SMALL, "--clip-model", random_clip, "--exp-name", tmp_path.name),
-        cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    deadline = time.time() + 300
-    while not list(tmp_path.glob("runs/*/last.pt")):
-        assert process.poll() is None and time.time() < deadline
-        time.sleep(0.05)
-    time.sleep(1)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    run = only_run(tmp_path)
+    run = kill_after_a_checkpoint(SCRIPT, tmp_path, *SMALL, "--clip-model", random_clip)
     assert torch.load(run / "last.pt", weights_only=True)["step"] == 800
-    result = train(tmp_path, "--resume", run)
+    result = train(SCRIPT, tmp_path, "--resume", run)
     assert result.returncode == 0, result.stderr
     expected, resumed = networks(finished[0]), networks(run)
     for name, value in expected.items():
         assert torch.equal(value, resumed[name]), name
-    deadline = time.time() + 30  # for the workers to see that their parent is gone
-    while subprocess.run(["pgrep", "-f", f"exp-name {tmp_path.name}"]).returncode == 0:
-        assert time.time() < deadline
-        time.sleep(0.2)
+
+
+def test_the_other_reward_calibration_and_stack_train_as_well(tmp_path, random_clip):
+    flags = ["--reward", "projection", "--alpha", "0.5", "--calibrate-with-labels"]
+    flags += ["--frame-stack", "2", "--family", "find", "--no-capture-video"]
+    result = train(SCRIPT, tmp_path, *SMALL, *flags, "--clip-model", random_clip)
+    assert result.returncode == 0, result.stderr
+    state = torch.load(only_run(tmp_path) / "last.pt", weights_only=True)
+    assert state["q_network"]["convolutions.0.weight"].shape[1] == 6  # channels of two frames
+    of_find = torch.tensor([goal.family == "find" for goal in GOALS])
+    assert (state["beta"][~of_find] == math.inf).all()  # never reached, as they are not trained
+    (beta,) = state["beta"][of_find].unique()
+    assert 0 < beta < 1
+    report = json.loads((only_run(tmp_path) / "report.json").read_text())
+    assert "success_rate_find" in report["last"]["heldout"]
+    assert "success_rate_lift" not in report["last"]["heldout"]
 
 
 def test_an_agent_can_be_replayed(finished):
     run, _ = finished
     before = json.loads((run / "report.json").read_text())
-    result = train(run.parents[1], "--evaluate", run, "--final-episodes", "4")
+    result = train(SCRIPT, run.parents[1], "--evaluate", run, "--final-episodes", "4")
     assert result.returncode == 0, result.stderr
     assert json.loads((run / "report.json").read_text()) == before  # same seeds, same episodes
 
@@ -348,6 +332,8 @@ def test_goals_are_told_apart_and_learned(tmp_path, monkeypatch, random_clip):
         (["--baseline", " "], ["--baseline", "sentence"]),
         (["--clip-model", "no/such"], ["--clip-model no/such"]),
         (["--num-envs", "0"], ["--num-envs 0"]),
+        (["--eval-every", "800"], ["--eval-every 800", "raise it to 1600"]),
+        (["--track"], ["--track", "pip install wandb"]),
         (["--score-every", "7"], ["--score-every 7", "divide"]),
         (["--policy-size", "36"], ["--policy-size 36", "multiple of 8"]),
         (["--frame-stack", "9"], ["--frame-stack 9", "--score-every"]),
@@ -376,6 +362,6 @@ def test_bad_input_is_one_line(tmp_path, random_clip, flags, words, monkeypatch,
 
 def test_a_resumed_run_keeps_its_arguments(finished):
     run, _ = finished
-    result = train(run.parents[1], "--resume", run, "--gamma", "0.9")
+    result = train(SCRIPT, run.parents[1], "--resume", run, "--gamma", "0.9")
     assert result.returncode == 2 and result.stderr.count("\n") == 1
     assert re.search(r"--gamma 0.9: .* was started with 0.97", result.stderr)

@@ -30,6 +30,7 @@ import mujoco
 import numpy as np
 import torch
 from gymnasium.utils.env_checker import check_env
+from whole_runs import command, kill_after_a_checkpoint, only_run, scalars, start, train
 
 # ---- Environment --------------------------------------------------------------------------------
 
@@ -234,14 +235,14 @@ def fill(replay: Replay, steps: int, seed: int = 0) -> list[tuple]:
     rng = np.random.default_rng(seed)
     n, transitions = replay.num_envs, []
     observation = rng.normal(size=(n, 2)).astype(np.float32)
-    for step in range(steps):
+    for _ in range(steps):
         action = rng.normal(size=(n, 1)).astype(np.float32)
         reward = rng.normal(size=n).astype(np.float32)
         terminated, truncated = rng.random(n) < 0.1, rng.random(n) < 0.1
-        ended = terminated | truncated | (step == steps - 1)  # as at a checkpoint
+        ended = terminated | truncated
         following = rng.normal(size=(n, 2)).astype(np.float32)
         parts = (observation, action, reward, following, terminated)
-        replay.add(*map(torch.from_numpy, parts), bool(ended.any()))
+        replay.add(*map(torch.from_numpy, parts))
         for i in range(n):
             transitions.append(
                 (*observation[i], *action[i], reward[i], *following[i], float(terminated[i]))
@@ -269,7 +270,7 @@ def test_replay_wraps_and_keeps_the_latest():
     transitions = fill(replay, 200)
     known = {tuple(np.float32(t)): i for i, t in enumerate(transitions)}
     ages = {200 - known[tuple(d)] // 4 for d in sampled(replay, 5_000)}
-    assert ages == set(range(1, len(replay.alive) + 1)) and 15 <= max(ages) <= 30
+    assert ages == set(range(1, 31))
 
 
 def test_replay_comes_back_from_its_files(tmp_path):
@@ -289,6 +290,7 @@ def test_replay_comes_back_from_its_files(tmp_path):
 
 # ---- Whole runs ---------------------------------------------------------------------------------
 
+SCRIPT = "sac_clip_humanoid.py"
 SMALL = [
     "--total-timesteps", "1600", "--num-envs", "4", "--learning-starts", "200",
     "--eval-every", "800", "--checkpoint-every", "800", "--eval-episodes", "4",
@@ -296,24 +298,11 @@ SMALL = [
 ]  # fmt: skip
 
 
-def command(*flags: str) -> list[str]:
-    return [sys.executable, str(ROOT / "sac_clip_humanoid.py"), *map(str, flags)]
-
-
-def train(folder: Path, *flags: str) -> subprocess.CompletedProcess:
-    return subprocess.run(command(*flags), cwd=folder, capture_output=True, text=True, timeout=600)
-
-
-def only_run(folder: Path) -> Path:
-    (run,) = (folder / "runs").iterdir()
-    return run
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, random_clip):
     """A short run to its end, uninterrupted."""
     folder = tmp_path_factory.mktemp("finished")
-    result = train(folder, *SMALL, "--clip-model", random_clip)
+    result = train(SCRIPT, folder, *SMALL, "--clip-model", random_clip)
     assert result.returncode == 0, result.stderr
     return only_run(folder), result
 
@@ -321,14 +310,6 @@ def finished(tmp_path_factory, random_clip):
 def networks(run: Path, name: str = "last.pt") -> dict[str, torch.Tensor]:
     state = torch.load(run / name, weights_only=True)
     return {f"{k}.{n}": v for k in ("actor", "critic", "target") for n, v in state[k].items()}
-
-
-def scalars(run: Path) -> dict[str, list]:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(run))
-    events.Reload()
-    return {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
 
 
 def test_a_run_leaves_everything_it_promises(finished):
@@ -351,37 +332,25 @@ def test_a_run_leaves_everything_it_promises(finished):
 
 
 def test_training_moves_every_parameter(finished):
-    run, _ = finished
-    start, end = networks(run, "best.pt"), networks(run)
-    if torch.load(run / "best.pt", weights_only=True)["step"] == 1600:
-        start = {k: torch.zeros_like(v) for k, v in end.items()}
-    for name, value in end.items():
-        assert not torch.equal(start[name], value), name
+    torch.manual_seed(1)
+    initial = {"actor": Actor(348, 17, 32).state_dict(), "critic": TwinQ(348, 17, 32).state_dict()}
+    end = torch.load(finished[0] / "last.pt", weights_only=True)
+    for part, weights in initial.items():
+        for name, value in weights.items():
+            assert not torch.equal(value, end[part][name]), name
+    start, now = initial["actor"]["trunk.0.weight"], end["actor"]["trunk.0.weight"]
+    assert torch.nn.functional.cosine_similarity(start, now).mean() > 0.7  # it did start there
 
 
 def test_killed_and_resumed_equals_uninterrupted(finished, tmp_path, random_clip):
-    flags = [*SMALL, "--clip-model", random_clip, "--exp-name", tmp_path.name]
-    process = subprocess.Popen(
-        command(*flags), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    deadline = time.time() + 300
-    while not list(tmp_path.glob("runs/*/last.pt")):
-        assert process.poll() is None and time.time() < deadline
-        time.sleep(0.05)
-    time.sleep(1)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    run = only_run(tmp_path)
+    flags = [*SMALL, "--clip-model", random_clip]
+    run = kill_after_a_checkpoint(SCRIPT, tmp_path, *flags)
     assert torch.load(run / "last.pt", weights_only=True)["step"] == 800
-    result = train(tmp_path, "--resume", run)
+    result = train(SCRIPT, tmp_path, "--resume", run)
     assert result.returncode == 0, result.stderr
     expected, resumed = networks(finished[0]), networks(run)
     for name, value in expected.items():
         assert torch.equal(value, resumed[name]), name
-    deadline = time.time() + 30  # for the workers to see that their parent is gone
-    while subprocess.run(["pgrep", "-f", f"exp-name {tmp_path.name}"]).returncode == 0:
-        assert time.time() < deadline
-        time.sleep(0.2)
     # The log is whole as well: what was written up to the checkpoint, and what came after it.
     assert [e.step for e in scalars(run)["eval/clip_return"]] == [800, 1600]
 
@@ -397,6 +366,19 @@ class HighArms(torch.nn.Module):
         arms = ((red > 1.5 * green) & (red > 2 * blue) & (red > 60)).float()
         height = torch.linspace(0.6, -0.4, frames.shape[1])[:, None]
         return ((arms * height).sum((1, 2)) / arms.sum((1, 2)).clamp(min=1))[:, None]
+
+
+def test_the_running_reward_trains_as_well(tmp_path):
+    """It ends episodes early, one environment at a time, and renders nothing."""
+    flags = ["--reward", "env", "--no-capture-video"]
+    result = train(SCRIPT, tmp_path, *SMALL, *flags)
+    assert result.returncode == 0, result.stderr
+    logged = scalars(only_run(tmp_path))
+    assert 5 < logged["charts/episodic_length"][-1].value < 100  # it falls
+    assert not any("clip_return" in tag for tag in logged)
+    report = json.loads((only_run(tmp_path) / "report.json").read_text())
+    assert report["zero"]["episodic_return"] > 50  # it is paid for staying up, until it falls
+    assert "clip_return" not in report["zero"]
 
 
 def test_an_easy_reward_is_learned(tmp_path, monkeypatch):
@@ -429,7 +411,7 @@ def test_an_easy_reward_is_learned(tmp_path, monkeypatch):
 def test_an_agent_can_be_replayed(finished):
     run, _ = finished
     before = json.loads((run / "report.json").read_text())
-    result = train(run.parents[1], "--evaluate", run, "--final-episodes", "4")
+    result = train(SCRIPT, run.parents[1], "--evaluate", run, "--final-episodes", "4")
     assert result.returncode == 0, result.stderr
     assert json.loads((run / "report.json").read_text()) == before  # same seeds, same episodes
 
@@ -448,12 +430,7 @@ def test_a_dead_or_hanging_worker_ends_the_run_in_one_line(
 ):
     flags = [*SMALL, "--clip-model", random_clip, "--total-timesteps", "100000"]
     flags += ["--worker-timeout", "10", "--no-capture-video"]
-    process = subprocess.Popen(
-        command(*flags), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
-    while not list(tmp_path.glob("runs/*/last.pt")):
-        assert process.poll() is None
-        time.sleep(0.1)
+    process = start(SCRIPT, tmp_path, *flags)
     workers = children(process.pid)
     os.kill(workers[worker], blow)
     _, errors = process.communicate(timeout=120)
@@ -485,7 +462,7 @@ def test_a_worker_that_raises_is_named(capfd):
 
 def test_nan_stops_the_run_and_leaves_the_last_checkpoint(tmp_path, random_clip):
     flags = [*SMALL, "--clip-model", random_clip, "--learning-starts", "1000"]
-    result = train(tmp_path, *flags, "--learning-rate", "1e30")
+    result = train(SCRIPT, tmp_path, *flags, "--learning-rate", "1e30")
     assert result.returncode == 1
     assert re.search(r"step \d+: .* is not finite", result.stderr)
     assert "Traceback" not in result.stderr
@@ -500,6 +477,8 @@ def test_nan_stops_the_run_and_leaves_the_last_checkpoint(tmp_path, random_clip)
         (["--task", "waving"], ["--task waving", "kneeling"]),
         (["--clip-model", "no/such"], ["--clip-model no/such"]),
         (["--num-envs", "0"], ["--num-envs 0"]),
+        (["--eval-every", "800"], ["--eval-every 800", "raise it to 1600"]),
+        (["--track"], ["--track", "pip install wandb"]),
         (["--batch-size", "-1"], ["--batch-size -1"]),
         (["--total-timesteps", "0"], ["--total-timesteps 0"]),
         (["--batch-size", "9000", "--buffer-size", "8000"], ["--batch-size 9000", "8000"]),
@@ -509,7 +488,7 @@ def test_nan_stops_the_run_and_leaves_the_last_checkpoint(tmp_path, random_clip)
         (["--resume", "a", "--evaluate", "b"], ["--evaluate b", "--resume"]),
         (["--resume", "nowhere"], ["--resume nowhere"]),
         (["--evaluate", "nowhere"], ["--evaluate nowhere"]),
-        (["--baseline", "a humanoid robot kneeling", "--alpha", "0.5"], ["--goal", "--alpha 0"]),
+        (["--baseline", "a humanoid robot kneeling", "--alpha", "0.5"], ["--goal", "take alpha 0"]),
     ],
 )
 def test_bad_input_is_one_line(tmp_path, random_clip, flags, words, monkeypatch, capsys):
@@ -538,7 +517,7 @@ def test_cuda_asked_for_and_absent(tmp_path, monkeypatch, capsys):
 
 def test_no_gl_library_names_the_packages(tmp_path):
     result = subprocess.run(
-        command(), cwd=tmp_path, capture_output=True, text=True,
+        command(SCRIPT), cwd=tmp_path, capture_output=True, text=True,
         env={**os.environ, "MUJOCO_GL": "osmesa", "PYOPENGL_PLATFORM": "osmesa",
              "LD_LIBRARY_PATH": str(tmp_path)},
     )  # fmt: skip
@@ -553,13 +532,13 @@ def test_no_gl_library_names_the_packages(tmp_path):
 )  # fmt: skip
 def test_a_resumed_run_keeps_its_arguments(finished, option, value, old):
     run, _ = finished
-    result = train(run.parents[1], "--resume", run, option, value)
+    result = train(SCRIPT, run.parents[1], "--resume", run, option, value)
     assert result.returncode == 2 and result.stderr.count("\n") == 1
     assert f"{option} {value}" in result.stderr and old in result.stderr
 
 
 def test_a_damaged_checkpoint_is_named(finished, tmp_path):
     (tmp_path / "last.pt").write_bytes(b"broken")
-    result = train(tmp_path, "--resume", tmp_path)
+    result = train(SCRIPT, tmp_path, "--resume", tmp_path)
     assert result.returncode == 2 and result.stderr.count("\n") == 1
     assert f"--resume {tmp_path}" in result.stderr
