@@ -4,7 +4,7 @@ r"""Train a MuJoCo humanoid to take a pose described by one sentence: SAC on a C
     python sac_clip_humanoid.py --goal "a humanoid robot meditating in the lotus pose"
     python sac_clip_humanoid.py --clip-model ViT-bigG-14/laion2b_s39b_b160k --frame-size 224 \
         --total-timesteps 10_000_000 --learning-starts 50_000 --batch-size 512 \
-        --updates-per-step 0.03                                                     # the paper
+        --updates-per-step 0.03 --full-observation --no-anneal-lr                    # the paper
 
 CLIP looks at each frame and says how far it lies on the way from the baseline prompt ("a humanoid
 robot") to the goal prompt ("a humanoid robot kneeling"). That number is the whole reward: no state,
@@ -27,6 +27,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -103,6 +104,9 @@ class Args:
     """coloured limbs, sky and floor; --no-textured is the plain body (the paper's ablation)"""
     camera: Literal["fixed", "track"] = "fixed"
     """the paper's camera, or the one fixed to the body (the paper's ablation)"""
+    full_observation: bool = False
+    """the policy sees all 348 numbers of Humanoid-v5 (the paper's), not the 45 of positions and
+    velocities alone"""
     frame_size: int = 144  # width and height in pixels of the frames that CLIP sees
 
     # ---- CLIP reward
@@ -117,8 +121,8 @@ class Args:
     clip_model: str = str(HERE / "tests" / "tiny_clip")
     """folder, ARCH/TAG or ARCH/FILE of open_clip, or hf-hub:ID"""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """of CLIP, and allowed in the updates; auto is bf16 on CUDA (older than Ampere: take fp32) and
-    on a CPU with AVX512-BF16"""
+    """of CLIP, and allowed in the networks' products; auto is bf16 on CUDA (older than Ampere: take
+    fp32) and on a CPU with AVX512-BF16"""
     compile: bool = False  # torch.compile CLIP's image tower
     score_every: int = 8  # steps of all environments whose frames make one CLIP batch
 
@@ -129,10 +133,15 @@ class Args:
     updates_per_step: float = 0.5  # gradient updates per environment step
     batch_size: int = 256  # transitions per update
     learning_rate: float = 6e-4  # of actor, critics and temperature
+    anneal_lr: bool = True
+    """lower the learning rates linearly to 0 at --total-timesteps; a resume with another one bends
+    the line"""
     gamma: float = 0.95  # discount factor
     tau: float = 0.005  # fraction of the critics that enters their targets per update
     ent_coef: float | None = None
     """SAC's temperature; unset, it is learned so that the entropy meets -dim(action)"""
+    initial_ent_coef: float = 0.05
+    """where learning it starts; the usual 1 pays for entropy alone in the first tenth of the run"""
     reward_scale: float = 10.0  # factor on the reward before it is learned from
     hidden: int = 256  # units in each of the two hidden layers
 
@@ -152,7 +161,7 @@ def check_args(args: Args) -> None:
     for name in ("total_timesteps", "num_envs", "eval_every", "eval_episodes", "final_episodes",
                  "checkpoint_every", "frame_size", "score_every", "buffer_size", "batch_size",
                  "updates_per_step", "learning_rate", "tau", "reward_scale", "hidden",
-                 "worker_timeout"):  # fmt: skip
+                 "initial_ent_coef", "worker_timeout"):  # fmt: skip
         value = getattr(args, name)
         check(0 < value < math.inf, f"--{flag(name)} {value}: must be finite and greater than 0")
     check(0 <= args.seed < 2**63, f"--seed {args.seed}: must be at least 0 and less than 2**63")
@@ -348,7 +357,8 @@ class HumanoidEnv(MujocoHumanoid):
     | 14-16 | left arm: shoulder 1, shoulder 2, elbow        |
 
     ## Observation Space
-    `Box(-inf, inf, (348,), float32)`, as in Humanoid-v5.
+    `Box(-inf, inf, (45,), float32)`, the first 45 of Humanoid-v5's 348 numbers: the others follow
+    from these, but for the contacts and the last action's torques. With `full_observation` all.
 
     | Num     | Observation                                               | Unit          |
     | ------- | --------------------------------------------------------- | ------------- |
@@ -376,6 +386,7 @@ class HumanoidEnv(MujocoHumanoid):
     | `textured`                 | `True`       | coloured limbs, sky and floor, or the plain body |
     | `camera`                   | `"fixed"`    | the paper's, or `"track"`, the body's own        |
     | `terminate_when_unhealthy` | `False`      | end the episode at a fall                        |
+    | `full_observation`         | `False`      | observe all 348 numbers of Humanoid-v5           |
     | `width`, `height`          | 144          | size of the frame in pixels                      |
 
     `info["goal_state"]` is `in_goal_state()` after the step; evaluation counts it, no reward does.
@@ -390,6 +401,7 @@ class HumanoidEnv(MujocoHumanoid):
         textured: bool = True,
         camera: Literal["fixed", "track"] = "fixed",
         terminate_when_unhealthy: bool = False,
+        full_observation: bool = False,
         width: int = 144,
         height: int = 144,
     ):
@@ -400,11 +412,16 @@ class HumanoidEnv(MujocoHumanoid):
         super().__init__(
             render_mode=render_mode,
             terminate_when_unhealthy=terminate_when_unhealthy,
+            include_cinert_in_observation=full_observation,
+            include_cvel_in_observation=full_observation,
+            include_qfrc_actuator_in_observation=full_observation,
+            include_cfrc_ext_in_observation=full_observation,
             width=width,
             height=height,
         )
         self.metadata = HumanoidEnv.metadata
-        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (348,), np.float32)
+        shape = self.observation_space.shape
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, shape, np.float32)
         self._geom = {self.model.geom(i).name: i for i in range(self.model.ngeom)}
         self._body = {self.model.body(i).name: i for i in range(self.model.nbody)}
 
@@ -535,6 +552,7 @@ def make_envs(args: Args, num_envs: int, size: int) -> gym.vector.AsyncVectorEnv
             textured=args.textured,
             camera=args.camera,
             terminate_when_unhealthy=args.reward == "env",
+            full_observation=args.full_observation,
             width=size,
             height=size,
         )
@@ -580,10 +598,10 @@ class Replay:
             for shape in ((obs_dim,), (act_dim,), (), (obs_dim,), ())
         ]
 
-    def add(self, *row: torch.Tensor) -> None:
+    def add(self, *row: torch.Tensor | np.ndarray) -> None:
         """s [N, O], a [N, A], r [N], s' [N, O], terminated [N]."""
         for ring, value in zip(self.data, row, strict=True):
-            ring[self.head % self.rows] = value
+            ring[self.head % self.rows] = torch.as_tensor(value)
         self.head += 1
 
     def sample(self, batch_size: int, generator: torch.Generator) -> list[torch.Tensor]:
@@ -682,6 +700,19 @@ class Actor(nn.Module):
         return torch.tanh(u), (log_normal - log_jacobian).sum(-1)
 
 
+class Row(NamedTuple):
+    """One step of all N environments, on its way to the replay."""
+
+    s: torch.Tensor  # [N, O]
+    a: torch.Tensor  # [N, A]
+    reward: np.ndarray  # [N], the environment's own
+    s_next: torch.Tensor  # [N, O]
+    terminated: np.ndarray  # [N]
+    frame: np.ndarray  # [N, H, W, 3], of s_next
+    done: np.ndarray  # [N], terminated or truncated
+    ended: np.ndarray  # [N], done or cut short
+
+
 TRAINING, SELECTION, REPORT = range(3)  # what a reset is for: no two of them share a seed
 
 
@@ -690,9 +721,10 @@ def reset_seed(*key: int) -> int:
     return int(np.random.SeedSequence(key).generate_state(1)[0])
 
 
-def evaluate(envs, policy, clip, episodes: int, key: tuple, args: Args):
+def evaluate(envs, policy, score, episodes: int, key: tuple, args: Args):
     """Play `episodes` to their end with `policy(state) -> action in [-1, 1]`, [N, ...] each.
 
+    `score(frames)`, [T, N, H, W, 3], returns the Future of their rewards [T, N]; None: no CLIP.
     Success is the paper's: the goal state for at least half of an episode's steps; a free goal has
     no predicate, hence no success rate. Returns the means over the episodes, and the frames of the
     first episode [T, H, W, 3].
@@ -700,7 +732,7 @@ def evaluate(envs, policy, clip, episodes: int, key: tuple, args: Args):
     results, film = defaultdict(list), None
     for first in range(0, episodes, envs.num_envs):
         seeds = [reset_seed(*key, first + i) for i in range(envs.num_envs)]
-        frames, played, rewards, goal_states = [], [], [], []
+        frames, played, rewards, scores, goal_states = [], [], [], [], []
         running = np.ones(envs.num_envs, bool)
         with worker_failures(envs, "evaluation"):
             envs.reset_async(seed=seeds)
@@ -712,17 +744,19 @@ def evaluate(envs, policy, clip, episodes: int, key: tuple, args: Args):
                 observation, reward, terminated, truncated, info = envs.step_wait(
                     timeout=args.worker_timeout
                 )
-            frames.append(observation["frame"])
+            frames.append(observation["frame"][0])
+            if score is not None:
+                scores.append(score(observation["frame"][None]))
             played.append(running)
             rewards.append(reward)
             if "goal_state" in info:  # a free goal has none
                 goal_states.append(info["goal_state"])
             running = running & ~(terminated | truncated)
-        frames, played = np.stack(frames), np.stack(played)  # [T, N, H, W, 3], [T, N]
-        film = frames[:, 0] if film is None else film
+        film = np.stack(frames) if film is None else film
+        played = np.stack(played)  # [T, N]
         results["episodic_return"] += (played * rewards).sum(0).tolist()
-        if clip is not None:
-            scores = clip(frames.reshape(-1, *frames.shape[2:])).view(played.shape).cpu().numpy()
+        if score is not None:
+            scores = np.concatenate([future.result() for future in scores])  # [T, N]
             results["clip_return"] += (played * scores).sum(0).tolist()
         if goal_states:
             goal_state = (played * goal_states).sum(0) / played.sum(0)
@@ -819,7 +853,7 @@ def main() -> None:
         f"MUJOCO_GL={os.environ.get('MUJOCO_GL')}: cannot render here. {GL_REMEDY}",
     )
 
-    # The workers are forked before this process touches CUDA, and never touch it themselves.
+    # The workers are forked before this process touches CUDA or starts a thread.
     envs = make_envs(args, args.num_envs, args.frame_size if clip is not None else 0)
     video_envs = make_envs(args, 1, 320) if args.capture_video or args.evaluate else None
     if clip is not None:
@@ -827,13 +861,16 @@ def main() -> None:
     obs_dim = envs.single_observation_space["state"].shape[0]
     act_dim = envs.single_action_space.shape[0]
 
+    torch.set_float32_matmul_precision("medium" if args.precision == "bf16" else "highest")
     threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # enough for the networks; the other cores are CLIP's and the workers'
     torch.manual_seed(args.seed)
     normaliser = Normaliser(obs_dim).to(device)
     actor = Actor(obs_dim, act_dim, args.hidden).to(device)
     critic = TwinQ(obs_dim, act_dim, args.hidden).to(device)
     target = copy.deepcopy(critic).requires_grad_(False)
-    log_ent_coef = torch.tensor(math.log(args.ent_coef or 1.0), device=device, requires_grad=True)
+    ent_coef = args.ent_coef or args.initial_ent_coef
+    log_ent_coef = torch.tensor(math.log(ent_coef), device=device, requires_grad=True)
     target_entropy = -float(act_dim)
     adam = {"lr": args.learning_rate, "fused": True}
     critic_optimizer = torch.optim.Adam(critic.parameters(), **adam)
@@ -845,6 +882,20 @@ def main() -> None:
         "critic_optimizer": critic_optimizer, "actor_optimizer": actor_optimizer,
         "ent_coef_optimizer": ent_coef_optimizer,
     }  # fmt: skip
+
+    def start_clip() -> None:
+        torch.set_num_threads(max(1, threads - 1))  # of CLIP's thread alone
+        if device == "cuda":  # else its kernels queue among those of the updates
+            torch.cuda.set_stream(torch.cuda.Stream())
+
+    clip_thread = ThreadPoolExecutor(1, initializer=start_clip)
+
+    def clip_score(frames: np.ndarray) -> Future[np.ndarray]:
+        """The rewards [T, N] of frames [T, N, H, W, 3], to come."""
+        flat = frames.reshape(-1, *frames.shape[2:])
+        return clip_thread.submit(lambda: clip(flat).view(frames.shape[:2]).cpu().numpy())
+
+    score = clip_score if clip is not None else None
 
     @torch.no_grad()
     def policy(state: np.ndarray) -> np.ndarray:
@@ -869,9 +920,7 @@ def main() -> None:
                 state = load_checkpoint(run, f"{name}.pt", "--evaluate")
                 actor.load_state_dict(state["actor"])
                 normaliser.load_state_dict(state["normaliser"])
-            report[name], _ = evaluate(
-                envs, act, clip, args.final_episodes, (args.seed, REPORT), args
-            )
+            report[name], _ = evaluate(envs, act, score, args.final_episodes, key, args)
             print(f"{name:>6}:", ", ".join(f"{k} {v:.3f}" for k, v in report[name].items()))
         (run / "report.json").write_text(json.dumps(report, indent=2) + "\n")
         if video_envs is not None:
@@ -879,16 +928,15 @@ def main() -> None:
             _, film = evaluate(video_envs, policy, None, 1, key, args)
             write_video(film, video, None, 0)
             print(f"video: {video}")
+            video_envs.close()
+        envs.close()
 
     if args.evaluate is not None:
         final_report(args.evaluate)
-        envs.close()
         return
 
-    run = (
-        args.resume
-        or Path("runs") / f"HumanoidCLIP-v0__{args.exp_name}__{args.seed}__{int(time.time())}"
-    )
+    name = f"HumanoidCLIP-v0__{args.exp_name}__{args.seed}__{int(time.time())}"
+    run = args.resume or Path("runs") / name
     (run / "videos").mkdir(parents=True, exist_ok=args.resume is not None)
     (run / "replay").mkdir(exist_ok=True)
     replay = Replay(args.buffer_size, args.num_envs, obs_dim, act_dim, device)
@@ -913,8 +961,8 @@ def main() -> None:
         )  # fmt: skip
     writer = SummaryWriter(run, purge_step=step + 1 if args.resume else None)
     arguments = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(args).items()}
-    rows = "\n".join(f"|{key}|{value}|" for key, value in arguments.items())
-    writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}", step)
+    table = "\n".join(f"|{key}|{value}|" for key, value in arguments.items())
+    writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}", step)
     (run / "args.json").write_text(json.dumps(arguments, indent=2) + "\n")
 
     def save_checkpoint(name: str) -> None:
@@ -953,7 +1001,8 @@ def main() -> None:
         clock = time.time()
 
     observation = reset(np.ones(args.num_envs, bool))
-    pending = []  # steps whose frames wait for CLIP
+    pending = []  # rows that CLIP's thread does not have yet
+    scoring = []  # batches of rows that it has, each with its rewards to come
     totals = defaultdict(lambda: np.zeros(args.num_envs))  # of the running episodes
     losses, episodes = {}, defaultdict(list)  # since the last log
     seconds = dict.fromkeys(("act", "update", "env", "clip", "evaluate", "checkpoint"), 0.0)
@@ -973,13 +1022,14 @@ def main() -> None:
             envs.step_async(action)
         lap("act")
 
-        # ---- Update on one core, while the workers step and render on the others
-        torch.set_num_threads(1)
-        torch.set_float32_matmul_precision("medium" if args.precision == "bf16" else "highest")
+        # ---- Update, while the workers step and render and CLIP scores
         due = math.floor((step + args.num_envs) * args.updates_per_step)
         due -= math.floor(step * args.updates_per_step)
         if step < args.learning_starts or replay.head == 0:  # it waits for the first scores
             due = 0
+        remaining = 1 - step / args.total_timesteps if args.anneal_lr else 1
+        for optimizer in (critic_optimizer, actor_optimizer, ent_coef_optimizer):
+            optimizer.param_groups[0]["lr"] = args.learning_rate * remaining
         for _ in range(due):
             s_t, a_t, r_t, s_next, terminated_t = replay.sample(args.batch_size, generator)
             s_t, s_next = normaliser(s_t), normaliser(s_next)
@@ -1013,8 +1063,6 @@ def main() -> None:
                 "qf_loss": qf_loss, "qf_values": q.mean(), "actor_loss": actor_loss,
                 "entropy": -log_pi.mean(), "ent_coef": ent_coef,
             }  # fmt: skip
-        torch.set_float32_matmul_precision("highest")  # CLIP has its own
-        torch.set_num_threads(threads)
         lap("update")
 
         # ---- Step
@@ -1030,31 +1078,31 @@ def main() -> None:
         saves = last or step % args.checkpoint_every < args.num_envs
         done = terminated | truncated
         ended = done | evaluates | saves  # which cut the running episodes short
-        pending.append((next_observation, s, a, reward, terminated, done, ended))
+        s_after, frame = torch.from_numpy(next_observation["state"]), next_observation["frame"]
+        pending.append(Row(s, a, reward, s_after.to(device), terminated, frame, done, ended))
 
-        # ---- Score the frames of several steps in one batch, and store
+        # ---- Hand the frames of several steps to CLIP's thread as one batch, and store the batch
+        # before it, which was scored meanwhile. Evaluations and checkpoints wait for all, so that
+        # a checkpoint has nothing that is pending.
         if len(pending) == args.score_every or evaluates or saves:
-            if clip is not None:
-                frames = np.stack([p[0]["frame"] for p in pending])  # [T, N, H, W, 3]
-                scores = clip(frames.reshape(-1, *frames.shape[2:])).view(frames.shape[:2])
-                stop_if_nan("the CLIP reward", [scores])
-                clip_rewards = scores.cpu().numpy()
-            # The last of these is the present step, so that each name ends as it began.
-            for t, (next_observation, s, a, reward, terminated, done, ended) in enumerate(pending):
-                gained = {"episodic_return": reward, "episodic_length": 1}
-                r = torch.as_tensor(reward, device=device)
-                if clip is not None:
-                    gained["clip_return"] = clip_rewards[t]
-                    r = scores[t]
+            frames = np.stack([row.frame for row in pending])  # [T, N, H, W, 3]
+            scoring.append((pending, score(frames) if score else None))
+            pending = []
+        while len(scoring) > (0 if evaluates or saves else 1):
+            rows, future = scoring.pop(0)
+            rewards = future.result() if future else np.stack([row.reward for row in rows])
+            stop_if_nan("the reward", [torch.from_numpy(rewards)])
+            for row, r in zip(rows, rewards, strict=True):  # r [N]
+                gained = {"episodic_return": row.reward, "episodic_length": 1}
+                if score:
+                    gained["clip_return"] = r
                 for name, value in gained.items():
                     totals[name] += value
-                    episodes[f"charts/{name}"] += totals[name][done].tolist()
-                    totals[name][ended] = 0
-                s_next = torch.from_numpy(next_observation["state"]).to(device)
-                replay.add(s, a, r, s_next, torch.from_numpy(terminated).to(device))
-                normaliser.update(s_next)
-            pending.clear()
-            lap("clip")
+                    episodes[f"charts/{name}"] += totals[name][row.done].tolist()
+                    totals[name][row.ended] = 0
+                replay.add(row.s, row.a, r, row.s_next, row.terminated)
+                normaliser.update(row.s_next)
+        lap("clip")
 
         # ---- Evaluate, log, save, reset
         if evaluates or saves:
@@ -1062,7 +1110,7 @@ def main() -> None:
             stop_if_nan("a network", [*losses.values(), *networks, log_ent_coef])
         if evaluates:
             summary, _ = evaluate(
-                envs, policy, clip, args.eval_episodes, (args.seed, SELECTION), args
+                envs, policy, score, args.eval_episodes, (args.seed, SELECTION), args
             )
             if video_envs is not None:
                 _, film = evaluate(video_envs, policy, None, 1, (args.seed, SELECTION), args)
@@ -1070,7 +1118,7 @@ def main() -> None:
             for name, value in summary.items():
                 writer.add_scalar(f"eval/{name}", value, step)
             bar.set_postfix({name: f"{value:.4g}" for name, value in summary.items()})
-            selected = summary["clip_return" if clip is not None else "episodic_return"]
+            selected = summary["clip_return" if score else "episodic_return"]
             if selected > best_return:
                 best_return = selected
                 save_checkpoint("best.pt")
@@ -1097,9 +1145,6 @@ def main() -> None:
     writer.close()
     final_report(run)
     print(f"run: {run} ({(time.time() - started) / 60:.1f} minutes)")
-    envs.close()
-    if video_envs is not None:
-        video_envs.close()
 
 
 if __name__ == "__main__":

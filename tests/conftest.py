@@ -10,6 +10,15 @@ from safetensors.torch import save_file
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 
+@pytest.fixture(autouse=True)
+def torch_settings():
+    """What a script that runs in this process sets, for itself alone."""
+    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    yield
+    torch.set_num_threads(threads)
+    torch.set_float32_matmul_precision(precision)
+
+
 @pytest.fixture(scope="session")
 def random_clip(tmp_path_factory) -> Path:
     """A model folder that loads in a moment: open_clip's format, random weights, 32 x 32 pixels."""

@@ -309,7 +309,8 @@ def finished(tmp_path_factory, random_clip):
 
 def networks(run: Path, name: str = "last.pt") -> dict[str, torch.Tensor]:
     state = torch.load(run / name, weights_only=True)
-    return {f"{k}.{n}": v for k in ("actor", "critic", "target") for n, v in state[k].items()}
+    parts = ("actor", "critic", "target")
+    return {f"{part}.{name}": value for part in parts for name, value in state[part].items()}
 
 
 def test_a_run_leaves_everything_it_promises(finished):
@@ -333,7 +334,7 @@ def test_a_run_leaves_everything_it_promises(finished):
 
 def test_training_moves_every_parameter(finished):
     torch.manual_seed(1)
-    initial = {"actor": Actor(348, 17, 32).state_dict(), "critic": TwinQ(348, 17, 32).state_dict()}
+    initial = {"actor": Actor(45, 17, 32).state_dict(), "critic": TwinQ(45, 17, 32).state_dict()}
     end = torch.load(finished[0] / "last.pt", weights_only=True)
     for part, weights in initial.items():
         for name, value in weights.items():
