@@ -4,7 +4,7 @@ r"""Train a MuJoCo humanoid to take a pose described by one sentence: SAC on a C
     python sac_clip_humanoid.py --goal "a humanoid robot meditating in the lotus pose"
     python sac_clip_humanoid.py --clip-model ViT-bigG-14/laion2b_s39b_b160k --frame-size 224 \
         --total-timesteps 10_000_000 --learning-starts 50_000 --batch-size 512 \
-        --updates-per-step 0.03 --full-observation --no-anneal-lr                    # the paper
+        --updates-per-step 0.03 --full-observation --no-anneal-lr --no-layer-norm    # the paper
 
 CLIP looks at each frame and says how far it lies on the way from the baseline prompt ("a humanoid
 robot") to the goal prompt ("a humanoid robot kneeling"). That number is the whole reward: no state,
@@ -144,6 +144,7 @@ class Args:
     """where learning it starts; the usual 1 pays for entropy alone in the first tenth of the run"""
     reward_scale: float = 10.0  # factor on the reward before it is learned from
     hidden: int = 256  # units in each of the two hidden layers
+    layer_norm: bool = True  # in the critics, against overestimated values
 
 
 def check(condition: bool, message: str, exit_code: int = 2) -> None:
@@ -660,8 +661,9 @@ class Normaliser(nn.Module):
 class TwinQ(nn.Module):
     """Both critics as one batch of two, for half as many kernels: Q(s, a) [2, B]."""
 
-    def __init__(self, obs_dim: int, act_dim: int, hidden: int):
+    def __init__(self, obs_dim: int, act_dim: int, hidden: int, layer_norm: bool):
         super().__init__()
+        self.layer_norm = layer_norm
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
         for m, n in ((obs_dim + act_dim, hidden), (hidden, hidden), (hidden, 1)):
             bound = 1 / math.sqrt(m)  # as nn.Linear does
@@ -671,7 +673,9 @@ class TwinQ(nn.Module):
     def forward(self, s: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
         x = torch.cat([s, a], -1).expand(2, -1, -1)  # [2, B, O + A]
         for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-            x = torch.baddbmm(bias, F.relu(x) if i else x, weight)
+            if i > 0:
+                x = F.relu(F.layer_norm(x, x.shape[-1:]) if self.layer_norm else x)
+            x = torch.baddbmm(bias, x, weight)
         return x.squeeze(-1)
 
 
@@ -867,7 +871,7 @@ def main() -> None:
     torch.manual_seed(args.seed)
     normaliser = Normaliser(obs_dim).to(device)
     actor = Actor(obs_dim, act_dim, args.hidden).to(device)
-    critic = TwinQ(obs_dim, act_dim, args.hidden).to(device)
+    critic = TwinQ(obs_dim, act_dim, args.hidden, args.layer_norm).to(device)
     target = copy.deepcopy(critic).requires_grad_(False)
     ent_coef = args.ent_coef or args.initial_ent_coef
     log_ent_coef = torch.tensor(math.log(ent_coef), device=device, requires_grad=True)

@@ -205,14 +205,19 @@ def test_log_density_is_finite_where_tanh_saturates():
     assert (a == 1).all() and torch.isfinite(log_pi).all()
 
 
-def test_twin_q_equals_two_separate_networks():
+@pytest.mark.parametrize("layer_norm", [False, True])
+def test_twin_q_equals_two_separate_networks(layer_norm):
     torch.manual_seed(0)
-    critic = TwinQ(4, 2, 8)
+    critic = TwinQ(4, 2, 8, layer_norm)
     s, a = torch.randn(6, 4), torch.randn(6, 2)
     q = critic(s, a)
     for k in range(2):
         x = torch.cat([s, a], 1)
         for i, (weight, bias) in enumerate(zip(critic.weights, critic.biases, strict=True)):
+            if i > 0 and layer_norm:
+                x = (x - x.mean(1, keepdim=True)) / (
+                    x.var(1, keepdim=True, correction=0) + 1e-5
+                ).sqrt()
             x = torch.relu(x) if i else x
             x = torch.nn.functional.linear(x, weight[k].T, bias[k, 0])
         torch.testing.assert_close(q[k], x[:, 0])
@@ -334,7 +339,10 @@ def test_a_run_leaves_everything_it_promises(finished):
 
 def test_training_moves_every_parameter(finished):
     torch.manual_seed(1)
-    initial = {"actor": Actor(45, 17, 32).state_dict(), "critic": TwinQ(45, 17, 32).state_dict()}
+    initial = {
+        "actor": Actor(45, 17, 32).state_dict(),
+        "critic": TwinQ(45, 17, 32, True).state_dict(),
+    }
     end = torch.load(finished[0] / "last.pt", weights_only=True)
     for part, weights in initial.items():
         for name, value in weights.items():
