@@ -137,8 +137,11 @@ class HomeStudio:
             env.held = toy
             env._solid(toy, False)
             env._carry()
-        for _ in range(int(rng.choice([0, 1, 6], p=[0.2, 0.2, 0.6]))):
-            env.step(8)  # stay: what was laid down falls and comes to rest
+        tenths = int(rng.choice([0, 1, 6], p=[0.2, 0.2, 0.6]))  # of a second, without moving
+        mujoco.mj_step(env.model, env.data, nstep=10 * tenths)  # what was laid down comes to rest
+        if env.held is not None:
+            env._carry()
+        mujoco.mj_forward(env.model, env.data)
 
     def _stand(self, x: float, y: float, yaw: float) -> None:
         self.env.data.qpos[self.env._agent_qpos] = x, y, yaw

@@ -54,7 +54,7 @@ class Args:
     states: int = 90_000
     """rendered states of the humanoid"""
     homes: int = 0
-    """rendered states of the playhouse, trained on in every second step; 0 leaves it out"""
+    """rendered states of the playhouse, trained on in two of three steps; 0 leaves it out"""
     agents: tuple[Path, ...] = ()
     """runs of sac_clip_humanoid.py: what their agents reach is trained on too"""
     searches: int = 7
@@ -516,8 +516,9 @@ class Studio:
     def __init__(self, args: Args):
         size = args.resolution
         self.env = HumanoidEnv(
-            None, "rgb_array", textured=args.textured, camera=args.camera, width=size, height=size
-        )
+            None, "rgb_array", textured=args.textured, camera=args.camera, width=size, height=size,
+            full_observation=True,
+        )  # fmt: skip
         self.stiff = HumanoidEnv(None).model  # the same body, with springs that hold its joints
         self.stiff.opt.integrator = mujoco.mjtIntegrator.mjINT_IMPLICITFAST
         self.stiff.jnt_stiffness[1:], self.stiff.dof_damping[6:] = 300, 20
@@ -573,7 +574,7 @@ def agent_states(job: tuple[Path, int, int]) -> States:
         studio.env,
     )
     state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    obs_dim, act_dim = env.observation_space.shape[0], env.action_space.shape[0]
+    obs_dim, act_dim = len(state["normaliser"]["mean"]), env.action_space.shape[0]
     normaliser, actor = Normaliser(obs_dim), Actor(obs_dim, act_dim, state["args"]["hidden"])
     normaliser.load_state_dict(state["normaliser"])
     actor.load_state_dict(state["actor"])
@@ -582,7 +583,7 @@ def agent_states(job: tuple[Path, int, int]) -> States:
         noisy = rng.random() < 0.5
         for step in range(100):
             with torch.no_grad():
-                s = normaliser(torch.from_numpy(observation)[None])
+                s = normaliser(torch.from_numpy(observation[:obs_dim])[None])
                 a = actor.sample(s, generator)[0] if noisy else torch.tanh(actor(s)[0])
             observation, *_ = env.step(ACTION_SCALE * a[0].numpy())
             if step % 5 == 4:
@@ -825,7 +826,7 @@ def main(args: Args) -> None:
             found = overrated_states(score, pool, States(*(v[known] for v in states)), rng)
             states = States(*map(np.concatenate, zip(states, found, strict=True)))
             true_of, searches = true_states(), searches + 1
-        world = step % len(heads)
+        world = min(step % 3, len(heads) - 1)
         image, target, captions, match = (humanoid_batch, home_batch)[world]()
         target, match = torch.from_numpy(target).float(), torch.from_numpy(match)
         words.update(re.findall(r"[a-z]+", " ".join(captions).lower()))
@@ -851,7 +852,7 @@ def main(args: Args) -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         step += 1
-        if step % 100 < len(heads):
+        if step % 99 < len(heads):  # one of either world
             right = ((logits > 0) == (match > 0.5))[(match < 0.2) | (match > 0.8)].float().mean()
             name = ("humanoid", "home")[world]
             print(
