@@ -1024,6 +1024,16 @@ def calibrate(scores: torch.Tensor, reached: torch.Tensor | None, rate: float) -
     return beta
 
 
+def check_memory(capacity: int, size: int, device: str) -> None:
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    memory = torch.cuda.mem_get_info()[0] if device == "cuda" else pages
+    check(
+        size < memory,
+        f"--buffer-size {capacity}: takes {size / 2**30:.1f} GB, and the {device} has "
+        f"{memory / 2**30:.1f} GB; lower it",
+    )
+
+
 class Replay:
     """A ring of blocks: K steps of all N environments, and the frames that follow the last of them.
 
@@ -1036,13 +1046,19 @@ class Replay:
         self.stack, self.device = stack, device
         self.head = 0  # the next block; block b lies at b % blocks
         C, K, N = self.blocks, steps, num_envs
+        rings = {
+            "frame": ((C, K + 1, N, size, size, 3), torch.uint8),
+            "action": ((C, K, N), torch.uint8),
+            "score": ((C, K, N, len(TRAIN_GOALS)), torch.float32),
+            "goal": ((C, N), torch.int64),
+            "age": ((C, N), torch.int64),  # steps before the block
+            "episode": ((C, N), torch.int64),  # its number
+        }
+        bytes_ = sum(math.prod(shape) * dtype.itemsize for shape, dtype in rings.values())
+        check_memory(capacity, bytes_, device)
         self.data = {
-            "frame": torch.zeros(C, K + 1, N, size, size, 3, dtype=torch.uint8, device=device),
-            "action": torch.zeros(C, K, N, dtype=torch.uint8, device=device),
-            "score": torch.zeros(C, K, N, len(TRAIN_GOALS), device=device),
-            "goal": torch.zeros(C, N, dtype=torch.int64, device=device),
-            "age": torch.zeros(C, N, dtype=torch.int64, device=device),  # steps before the block
-            "episode": torch.zeros(C, N, dtype=torch.int64, device=device),  # its number
+            name: torch.zeros(shape, dtype=dtype, device=device)
+            for name, (shape, dtype) in rings.items()
         }
         self.last = torch.zeros(C, N, dtype=torch.int64, device=device)  # block of an episode
 
@@ -1382,20 +1398,16 @@ def main() -> None:
         video_envs.close()
         return
 
+    replay = Replay(
+        args.buffer_size, args.num_envs, args.score_every, args.policy_size, args.frame_stack,
+        device,
+    )  # fmt: skip
     run = (
         args.resume
         or Path("runs") / f"PlayhouseCLIP-v0__{args.exp_name}__{args.seed}__{int(time.time())}"
     )
     (run / "videos").mkdir(parents=True, exist_ok=args.resume is not None)
     (run / "replay").mkdir(exist_ok=True)
-    replay = Replay(
-        args.buffer_size,
-        args.num_envs,
-        args.score_every,
-        args.policy_size,
-        args.frame_stack,
-        device,
-    )
     step, updates, saved_block, best_success = 0, 0, 0, -math.inf
     episode = np.zeros(args.num_envs, np.int64)  # how often each environment was reset
     if args.resume is not None:

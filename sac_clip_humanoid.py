@@ -588,16 +588,27 @@ def worker_failures(envs: gym.vector.AsyncVectorEnv, stage: str):
         raise SystemExit(1) from None
 
 
+def check_memory(capacity: int, size: int, device: str) -> None:
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    memory = torch.cuda.mem_get_info()[0] if device == "cuda" else pages
+    check(
+        size < memory,
+        f"--buffer-size {capacity}: takes {size / 2**30:.1f} GB, and the {device} has "
+        f"{memory / 2**30:.1f} GB; lower it",
+    )
+
+
 class Replay:
     """A ring of rows on the device: (s, a, r, s', terminated) of all N environments at a step."""
 
     def __init__(self, capacity: int, num_envs: int, obs_dim: int, act_dim: int, device):
         self.rows, self.num_envs, self.device = capacity // num_envs, num_envs, device
         self.head = 0  # rows added so far; row t lies at t % rows
-        self.data = [
-            torch.zeros(self.rows, num_envs, *shape, device=device)
-            for shape in ((obs_dim,), (act_dim,), (), (obs_dim,), ())
+        shapes = [
+            (self.rows, num_envs, *shape) for shape in ((obs_dim,), (act_dim,), (), (obs_dim,), ())
         ]
+        check_memory(capacity, 4 * sum(map(math.prod, shapes)), device)
+        self.data = [torch.zeros(shape, device=device) for shape in shapes]
 
     def add(self, *row: torch.Tensor | np.ndarray) -> None:
         """s [N, O], a [N, A], r [N], s' [N, O], terminated [N]."""
@@ -939,11 +950,11 @@ def main() -> None:
         final_report(args.evaluate)
         return
 
+    replay = Replay(args.buffer_size, args.num_envs, obs_dim, act_dim, device)
     name = f"HumanoidCLIP-v0__{args.exp_name}__{args.seed}__{int(time.time())}"
     run = args.resume or Path("runs") / name
     (run / "videos").mkdir(parents=True, exist_ok=args.resume is not None)
     (run / "replay").mkdir(exist_ok=True)
-    replay = Replay(args.buffer_size, args.num_envs, obs_dim, act_dim, device)
     step, saved_row, best_return = 0, 0, -math.inf
     episode = np.zeros(args.num_envs, np.int64)  # how often each environment was reset
     if args.resume is not None:

@@ -360,6 +360,13 @@ def test_bad_input_is_one_line(tmp_path, random_clip, flags, words, monkeypatch,
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_replay_that_does_not_fit_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        Replay(10**10, 16, 4, 48, 1, "cpu")
+    errors = capsys.readouterr().err
+    assert errors.startswith("--buffer-size 10000000000: takes 87") and errors.count("\n") == 1
+
+
 def test_a_resumed_run_keeps_its_arguments(finished):
     run, _ = finished
     result = train(SCRIPT, run.parents[1], "--resume", run, "--gamma", "0.9")

@@ -513,6 +513,14 @@ def test_bad_input_is_one_line(tmp_path, random_clip, flags, words, monkeypatch,
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_replay_that_does_not_fit_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        Replay(10**12, 16, 45, 17, "cpu")
+    errors = capsys.readouterr().err
+    assert errors.startswith("--buffer-size 1000000000000: takes 40")
+    assert errors.count("\n") == 1 and errors.endswith("lower it\n")
+
+
 def test_cuda_asked_for_and_absent(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
