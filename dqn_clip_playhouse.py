@@ -39,6 +39,7 @@ import gymnasium as gym
 import imageio
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
@@ -64,6 +65,9 @@ except Exception as error:  # mujoco raises whatever its GL loader raised
 
 HERE = Path(__file__).resolve().parent
 START_METHOD = "fork" if sys.platform == "linux" else "spawn"  # loads torch in each worker
+# Set by torchrun; a script that was started alone is rank 0 of 1.
+RANK, LOCAL_RANK = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 FAMILIES = ("find", "lift", "place")
 MAX_STEPS = 100  # of an episode
 VIDEO_SIZE = 320  # pixels, at least
@@ -81,8 +85,8 @@ class Args:
     seed: int = 1  # of networks, exploration, replay and every home
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where CLIP, networks and replay live; auto takes CUDA if there is one"""
-    total_timesteps: int = 600_000  # environment steps, over all environments
-    num_envs: int = 16  # worker processes, one home in each
+    total_timesteps: int = 600_000  # environment steps, over all environments of all ranks
+    num_envs: int = 16  # worker processes of each rank, one home in each
     eval_every: int = 32_000
     """env steps between evaluations and videos; running episodes are cut short there"""
     eval_episodes: int = 48  # episodes of each evaluation during training
@@ -129,10 +133,10 @@ class Args:
 
     # ---- Algorithm
 
-    buffer_size: int = 150_000  # transitions in the replay
+    buffer_size: int = 150_000  # transitions in the replay of each rank
     learning_starts: int = 10_000  # env steps of random actions before the first update
     updates_per_step: float = 0.125  # gradient updates per environment step
-    batch_size: int = 64  # transitions per update
+    batch_size: int = 64  # transitions per update and rank
     learning_rate: float = 3e-4  # of Adam
     gamma: float = 0.97  # discount factor
     target_every: int = 500  # updates between copies of the network into its target
@@ -203,7 +207,7 @@ def check_args(args: Args) -> None:
         f"environments; raise it to {args.num_envs * 2 * MAX_STEPS}",
     )
     for name in ("eval_every", "checkpoint_every"):
-        value, least = getattr(args, name), MAX_STEPS * args.num_envs
+        value, least = getattr(args, name), MAX_STEPS * args.num_envs * WORLD_SIZE
         check(
             value >= least,
             f"--{flag(name)} {value}: cuts every episode of {MAX_STEPS} steps short; raise it to "
@@ -212,6 +216,10 @@ def check_args(args: Args) -> None:
     check(
         not args.track or importlib.util.find_spec("wandb") is not None,
         "--track: wandb is not installed; pip install wandb",
+    )
+    check(
+        args.evaluate is None or WORLD_SIZE == 1,
+        f"--evaluate {args.evaluate}: takes one process; start it without torchrun",
     )
     check(
         args.device != "cuda" or torch.cuda.is_available(),
@@ -938,6 +946,7 @@ def make_envs(args: Args, num_envs: int, size: int) -> gym.vector.AsyncVectorEnv
         parent = multiprocessing.parent_process()
         if parent is not None:  # in a worker: Ctrl-C is for the parent, its death for both
             signal.signal(signal.SIGINT, signal.SIG_IGN)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
         return gym.make(
             "PlayhouseCLIP-v0",
@@ -1150,8 +1159,43 @@ class Replay:
             filled += int((blocks >= head - self.blocks).sum())
         check(
             filled >= min(head, self.blocks),
-            f"--resume {folder.parent}: files are missing in its replay/; restore them",
+            f"--resume {folder.parents[1]}: files are missing in its replay/; restore them",
         )
+
+
+@contextmanager
+def rank_failures():
+    """A rank that dies ends the others in one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        check(
+            False,
+            f"rank {RANK} of {WORLD_SIZE}: another one is gone ({reason}); --resume continues the "
+            "run from its last checkpoint",
+            exit_code=1,
+        )
+
+
+def average(*tensors: torch.Tensor) -> None:
+    """Over all ranks, in place."""
+    if WORLD_SIZE > 1:
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        with rank_failures():
+            dist.all_reduce(flat)
+        parts = (flat / WORLD_SIZE).split([tensor.numel() for tensor in tensors])
+        for tensor, part in zip(tensors, parts, strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+
+def gather(value) -> list:
+    """One value from each rank."""
+    values = [value] * WORLD_SIZE
+    if WORLD_SIZE > 1:
+        with rank_failures():
+            dist.all_gather_object(values, value)
+    return values
 
 
 class QNetwork(nn.Module):
@@ -1187,11 +1231,11 @@ def shrink(frames: np.ndarray, size: int, device) -> torch.Tensor:
     return x.unflatten(2, (size, factor)).unflatten(1, (size, factor)).float().mean((2, 4)).byte()
 
 
-TRAINING, SELECTION, REPORT, CALIBRATION = range(4)  # uses of a seed; no two share a home
+TRAINING, SELECTION, REPORT, CALIBRATION, NOISE = range(5)  # uses of a seed: all draw apart
 
 
 def reset_seed(*key: int) -> int:
-    """The seed of one reset, from (seed, use, environment, episode)."""
+    """A seed from (seed, use, environment or rank, episode)."""
     return int(np.random.SeedSequence(key).generate_state(1)[0])
 
 
@@ -1328,6 +1372,10 @@ def main() -> None:
     envs = make_envs(args, args.num_envs, args.frame_size)
     video_size = args.policy_size * math.ceil(VIDEO_SIZE / args.policy_size)
     video_envs = make_envs(args, 1, video_size) if args.capture_video or args.evaluate else None
+    if device == "cuda":
+        torch.cuda.set_device(LOCAL_RANK)
+    if WORLD_SIZE > 1:
+        dist.init_process_group("nccl" if device == "cuda" else "gloo")
     clip.to(device)
     shared = clip.goal[: len(TRAIN_GOALS)].mean(0)  # by all prompts, and so of no use to tell them
     text = F.normalize(clip.goal - shared, dim=-1)  # [240, D]
@@ -1340,7 +1388,7 @@ def main() -> None:
     optimizer = torch.optim.Adam(q_network.parameters(), lr=args.learning_rate, fused=True)
     fixed_beta = 0.5 if args.reward == "env" else args.beta or 0.0
     beta = torch.full((len(GOALS),), fixed_beta, device=device)
-    generator = torch.Generator(device).manual_seed(args.seed)
+    generator = torch.Generator(device).manual_seed(reset_seed(args.seed, NOISE, RANK))
 
     def score(frames: np.ndarray) -> torch.Tensor:
         """CLIP's score of each frame [B, H, W, 3] for each goal: [B, 240]."""
@@ -1402,47 +1450,54 @@ def main() -> None:
         args.buffer_size, args.num_envs, args.score_every, args.policy_size, args.frame_stack,
         device,
     )  # fmt: skip
-    run = (
-        args.resume
-        or Path("runs") / f"PlayhouseCLIP-v0__{args.exp_name}__{args.seed}__{int(time.time())}"
-    )
-    (run / "videos").mkdir(parents=True, exist_ok=args.resume is not None)
-    (run / "replay").mkdir(exist_ok=True)
+    name = f"PlayhouseCLIP-v0__{args.exp_name}__{args.seed}__{int(time.time())}"
+    run = args.resume or Path("runs") / gather(name)[0]
+    replay_folder = run / "replay" / str(RANK)
+    replay_folder.mkdir(parents=True, exist_ok=args.resume is not None)
+    (run / "videos").mkdir(exist_ok=True)
     step, updates, saved_block, best_success = 0, 0, 0, -math.inf
     episode = np.zeros(args.num_envs, np.int64)  # how often each environment was reset
     if args.resume is not None:
         state = load_checkpoint(run, "last.pt", "--resume")
+        ranks = state["ranks"]
+        check(
+            len(ranks) == WORLD_SIZE,
+            f"--resume {run}: has {len(ranks)} rank(s); torchrun --nproc-per-node={len(ranks)}",
+        )
         q_network.load_state_dict(state["q_network"])
         target.load_state_dict(state["target"])
         optimizer.load_state_dict(state["optimizer"])
         beta.copy_(state["beta"])
         if state["device"] == device:  # else the noise starts anew
-            generator.set_state(state["generator"])
+            generator.set_state(ranks[RANK]["generator"])
         step, updates, saved_block = state["step"], state["updates"], state["replay_blocks"]
-        best_success, episode[:] = state["best_success"], state["episode"]
-        replay.load(run / "replay", saved_block)
+        best_success, episode[:] = state["best_success"], ranks[RANK]["episode"]
+        replay.load(replay_folder, saved_block)
     elif args.reward != "env" and args.beta is None:
         scores, truth = random_play(
             envs, score, args.calibration_episodes, (args.seed, CALIBRATION), args
         )
         beta.copy_(calibrate(scores, truth, args.false_positive_rate))
-        print({family: beta[COLUMNS["train"][family][0]].item() for family in FAMILIES})
+        average(beta)  # all ranks played in the same homes
+        if RANK == 0:
+            print({family: beta[COLUMNS["train"][family][0]].item() for family in FAMILIES})
     untrained = [i for i, goal in enumerate(GOALS) if goal not in train_goals + heldout_goals]
     beta[untrained] = math.inf  # of the families that the run leaves out
-    if args.track:
+    if args.track and RANK == 0:
         import wandb
 
         wandb.init(
             project=args.wandb_project_name, entity=args.wandb_entity, name=run.name,
             config=asdict(args), sync_tensorboard=True, save_code=True,
         )  # fmt: skip
-    writer = SummaryWriter(run, purge_step=step + 1 if args.resume else None)
     arguments = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(args).items()}
     rows = "\n".join(f"|{key}|{value}|" for key, value in arguments.items())
-    writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}", step)
-    (run / "args.json").write_text(json.dumps(arguments, indent=2) + "\n")
+    if RANK == 0:
+        writer = SummaryWriter(run, purge_step=step + 1 if args.resume else None)
+        writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}", step)
+        (run / "args.json").write_text(json.dumps(arguments, indent=2) + "\n")
 
-    def save_checkpoint(name: str) -> None:
+    def save_checkpoint(name: str, ranks: list[dict]) -> None:
         state = {
             "args": {**arguments, "resume": None, "evaluate": None},
             "q_network": q_network.state_dict(),
@@ -1450,10 +1505,9 @@ def main() -> None:
             "optimizer": optimizer.state_dict(),
             "beta": beta,
             "device": device,
-            "generator": generator.get_state(),
+            "ranks": ranks,
             "step": step,
             "updates": updates,
-            "episode": episode.tolist(),
             "replay_blocks": saved_block,
             "best_success": best_success,
         }
@@ -1469,7 +1523,8 @@ def main() -> None:
 
     def reset(ended: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Frames, and goals, of the next episode where one ended, seeded by its number."""
-        seeds = [reset_seed(args.seed, TRAINING, i, int(n)) for i, n in enumerate(episode)]
+        first = RANK * args.num_envs
+        seeds = [reset_seed(args.seed, TRAINING, first + i, int(n)) for i, n in enumerate(episode)]
         episode[ended] += 1
         with worker_failures(envs, f"step {step}: reset"):
             envs.reset_async(seed=seeds, options={"reset_mask": ended})
@@ -1490,8 +1545,10 @@ def main() -> None:
     loss, episodes = None, defaultdict(list)  # since the last log
     seconds = dict.fromkeys(("act", "update", "env", "clip", "evaluate", "checkpoint"), 0.0)
     started = clock = time.time()
-    first_step = step
-    bar = tqdm(total=args.total_timesteps, initial=step, unit="step", mininterval=1)
+    first_step, stride = step, args.num_envs * WORLD_SIZE  # env steps per vector step of all ranks
+    bar = tqdm(
+        total=args.total_timesteps, initial=step, unit="step", mininterval=1, disable=RANK > 0
+    )
     while step < args.total_timesteps or pending:
         # ---- Act
         explored = (step - args.learning_starts) / args.epsilon_steps
@@ -1504,7 +1561,7 @@ def main() -> None:
 
         # ---- Update on one core, while the workers step and render on the others
         torch.set_num_threads(1)
-        due = math.floor((step + args.num_envs) * args.updates_per_step)
+        due = math.floor((step + stride) * args.updates_per_step)
         due -= math.floor(step * args.updates_per_step)
         if step < args.learning_starts or not replay.head:
             due = 0
@@ -1522,6 +1579,7 @@ def main() -> None:
             loss = F.huber_loss(q, y)
             optimizer.zero_grad()
             loss.backward()
+            average(*(weight.grad for weight in q_network.parameters()))
             optimizer.step()
             updates += 1
             if updates % args.target_every == 0:
@@ -1533,11 +1591,11 @@ def main() -> None:
         with worker_failures(envs, f"step {step}"):
             frame, _, _, truncated, info = envs.step_wait(timeout=args.worker_timeout)
         lap("env")
-        step += args.num_envs
+        step += stride
         pending.append((small, a, frame, info))
         small = shrink(frame, args.policy_size, device)
         stack = torch.cat([stack[..., 3:], small], -1)
-        bar.update(args.num_envs)
+        bar.update(stride)
         if len(pending) < args.score_every:
             continue
 
@@ -1564,7 +1622,7 @@ def main() -> None:
         r = (own_score > beta[own]).cpu().numpy()  # [K, N]
         last = step >= args.total_timesteps
         # The first block at or past each multiple
-        boundary = args.num_envs * args.score_every
+        boundary = stride * args.score_every
         evaluates = last or step % args.eval_every < boundary
         saves = last or step % args.checkpoint_every < boundary
         done = r.any(0) | truncated
@@ -1577,7 +1635,7 @@ def main() -> None:
         # ---- Evaluate, log, save, reset
         if evaluates or saves:
             stop_if_nan("the network", q_network.parameters())
-        if evaluates:
+        if evaluates and RANK == 0:  # the others wait for it at their next average
             key = args.seed, SELECTION
             summary, _ = evaluate(
                 envs, policy, clip_reached, args.eval_episodes, key, train_goals, args, device
@@ -1591,7 +1649,7 @@ def main() -> None:
             selected = summary["success_rate" if args.reward == "env" else "clip_success"]
             if selected > best_success:
                 best_success = selected
-                save_checkpoint("best.pt")
+                save_checkpoint("best.pt", ranks=[])
             lap("evaluate")
         if saves or step // boundary % 50 == 0:
             scalars = {name: np.mean(values) for name, values in episodes.items() if values}
@@ -1601,14 +1659,16 @@ def main() -> None:
             scalars |= {f"time/{k}": value / (step - first_step) for k, value in seconds.items()}
             scalars |= {"charts/epsilon": epsilon}
             scalars["charts/SPS"] = (step - first_step) / (time.time() - started)
-            for name, value in scalars.items():
+            for name, value in scalars.items() if RANK == 0 else ():
                 writer.add_scalar(name, value, step)
             episodes.clear()
         if saves:
-            replay.save(run / "replay", saved_block)
+            replay.save(replay_folder, saved_block)
             saved_block = replay.head
-            save_checkpoint("last.pt")
-            writer.flush()
+            ranks = gather({"generator": generator.get_state(), "episode": episode.tolist()})
+            if RANK == 0:  # now all have their replay on disk
+                save_checkpoint("last.pt", ranks)
+                writer.flush()
             lap("checkpoint")
         if ended.any():
             new_frame, new_goal = reset(ended)
@@ -1618,15 +1678,17 @@ def main() -> None:
             goal, age = np.where(ended, new_goal, goal), np.where(ended, 0, age)
             lap("env")
     bar.close()
-    writer.close()
-    final_report(run)
-    print(f"run: {run} ({(time.time() - started) / 60:.1f} minutes)")
+    if RANK == 0:
+        writer.close()
+        final_report(run)
+        print(f"run: {run} ({(time.time() - started) / 60:.1f} minutes)")
     envs.close()
     if video_envs is not None:
         video_envs.close()
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
         main()
     except KeyboardInterrupt:

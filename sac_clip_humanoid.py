@@ -42,6 +42,7 @@ import gymnasium as gym
 import imageio
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
@@ -68,6 +69,9 @@ except Exception as error:  # mujoco raises whatever its GL loader raised
 
 HERE = Path(__file__).resolve().parent
 START_METHOD = "fork" if sys.platform == "linux" else "spawn"  # loads torch in each worker
+# Set by torchrun; a script that was started alone is rank 0 of 1.
+RANK, LOCAL_RANK = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 ACTION_SCALE = 0.4  # torque limit of Humanoid-v5; policies act in [-1, 1]
 
 
@@ -79,8 +83,8 @@ class Args:
     seed: int = 1  # of networks, action noise, replay and every reset
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where CLIP, networks and replay live; auto takes CUDA if there is one"""
-    total_timesteps: int = 300_000  # environment steps, over all environments
-    num_envs: int = 16  # worker processes, one humanoid in each
+    total_timesteps: int = 300_000  # environment steps, over all environments of all ranks
+    num_envs: int = 16  # worker processes of each rank, one humanoid in each
     eval_every: int = 16_000
     """env steps between evaluations and videos; running episodes are cut short there"""
     eval_episodes: int = 16  # episodes of each evaluation during training
@@ -128,10 +132,10 @@ class Args:
 
     # ---- Algorithm
 
-    buffer_size: int = 1_000_000  # transitions in the replay
+    buffer_size: int = 1_000_000  # transitions in the replay of each rank
     learning_starts: int = 5_000  # env steps of uniformly random actions before the first update
     updates_per_step: float = 0.5  # gradient updates per environment step
-    batch_size: int = 256  # transitions per update
+    batch_size: int = 256  # transitions per update and rank
     learning_rate: float = 6e-4  # of actor, critics and temperature
     anneal_lr: bool = True
     """lower the learning rates linearly to 0 at --total-timesteps; a resume with another one bends
@@ -190,7 +194,7 @@ def check_args(args: Args) -> None:
         f"--buffer-size {args.buffer_size}: less than --num-envs {args.num_envs}; raise it",
     )
     for name in ("eval_every", "checkpoint_every"):
-        value, least = getattr(args, name), 100 * args.num_envs
+        value, least = getattr(args, name), 100 * args.num_envs * WORLD_SIZE
         check(
             value >= least,
             f"--{flag(name)} {value}: cuts every episode of 100 steps short; raise it to {least}",
@@ -198,6 +202,10 @@ def check_args(args: Args) -> None:
     check(
         not args.track or importlib.util.find_spec("wandb") is not None,
         "--track: wandb is not installed; pip install wandb",
+    )
+    check(
+        args.evaluate is None or WORLD_SIZE == 1,
+        f"--evaluate {args.evaluate}: takes one process; start it without torchrun",
     )
     check(
         args.device != "cuda" or torch.cuda.is_available(),
@@ -544,6 +552,7 @@ def make_envs(args: Args, num_envs: int, size: int) -> gym.vector.AsyncVectorEnv
         parent = multiprocessing.parent_process()
         if parent is not None:  # in a worker: Ctrl-C is for the parent, its death for both
             signal.signal(signal.SIGINT, signal.SIG_IGN)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
         env = gym.make(
             "HumanoidCLIP-v0",
@@ -645,8 +654,43 @@ class Replay:
             filled += int((rows >= head - self.rows).sum())
         check(
             filled >= min(head, self.rows),
-            f"--resume {folder.parent}: files are missing in its replay/; restore them",
+            f"--resume {folder.parents[1]}: files are missing in its replay/; restore them",
         )
+
+
+@contextmanager
+def rank_failures():
+    """A rank that dies ends the others in one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        check(
+            False,
+            f"rank {RANK} of {WORLD_SIZE}: another one is gone ({reason}); --resume continues the "
+            "run from its last checkpoint",
+            exit_code=1,
+        )
+
+
+def average(*tensors: torch.Tensor) -> None:
+    """Over all ranks, in place."""
+    if WORLD_SIZE > 1:
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        with rank_failures():
+            dist.all_reduce(flat)
+        parts = (flat / WORLD_SIZE).split([tensor.numel() for tensor in tensors])
+        for tensor, part in zip(tensors, parts, strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+
+def gather(value) -> list:
+    """One value from each rank."""
+    values = [value] * WORLD_SIZE
+    if WORLD_SIZE > 1:
+        with rank_failures():
+            dist.all_gather_object(values, value)
+    return values
 
 
 class Normaliser(nn.Module):
@@ -659,10 +703,14 @@ class Normaliser(nn.Module):
         self.register_buffer("var", torch.ones(dim))
 
     def update(self, x: torch.Tensor) -> None:  # [M, O]
-        total, delta = self.count + len(x), x.mean(0) - self.mean
-        m2 = self.var * self.count + x.var(0, correction=0) * len(x)
-        self.var.copy_((m2 + delta**2 * self.count * len(x) / total) / total)
-        self.mean += delta * len(x) / total
+        n, mean = len(x) * WORLD_SIZE, x.mean(0)
+        average(mean)
+        var = ((x - mean) ** 2).mean(0)
+        average(var)
+        total, delta = self.count + n, mean - self.mean
+        m2 = self.var * self.count + var * n
+        self.var.copy_((m2 + delta**2 * self.count * n / total) / total)
+        self.mean += delta * n / total
         self.count.copy_(total)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -728,11 +776,11 @@ class Row(NamedTuple):
     ended: np.ndarray  # [N], done or cut short
 
 
-TRAINING, SELECTION, REPORT = range(3)  # what a reset is for: no two of them share a seed
+TRAINING, SELECTION, REPORT, NOISE = range(4)  # uses of a seed: no two of them draw the same
 
 
 def reset_seed(*key: int) -> int:
-    """The seed of one reset, from (seed, use, environment, episode)."""
+    """A seed from (seed, use, environment or rank, episode)."""
     return int(np.random.SeedSequence(key).generate_state(1)[0])
 
 
@@ -871,6 +919,10 @@ def main() -> None:
     # The workers are forked before this process touches CUDA or starts a thread.
     envs = make_envs(args, args.num_envs, args.frame_size if clip is not None else 0)
     video_envs = make_envs(args, 1, 320) if args.capture_video or args.evaluate else None
+    if device == "cuda":
+        torch.cuda.set_device(LOCAL_RANK)
+    if WORLD_SIZE > 1:
+        dist.init_process_group("nccl" if device == "cuda" else "gloo")
     if clip is not None:
         clip.to(device)
     obs_dim = envs.single_observation_space["state"].shape[0]
@@ -891,7 +943,7 @@ def main() -> None:
     critic_optimizer = torch.optim.Adam(critic.parameters(), **adam)
     actor_optimizer = torch.optim.Adam(actor.parameters(), **adam)
     ent_coef_optimizer = torch.optim.Adam([log_ent_coef], **adam)
-    generator = torch.Generator(device).manual_seed(args.seed)
+    generator = torch.Generator(device).manual_seed(reset_seed(args.seed, NOISE, RANK))
     learned = {
         "normaliser": normaliser, "actor": actor, "critic": critic, "target": target,
         "critic_optimizer": critic_optimizer, "actor_optimizer": actor_optimizer,
@@ -901,6 +953,7 @@ def main() -> None:
     def start_clip() -> None:
         torch.set_num_threads(max(1, threads - 1))  # of CLIP's thread alone
         if device == "cuda":  # else its kernels queue among those of the updates
+            torch.cuda.set_device(LOCAL_RANK)
             torch.cuda.set_stream(torch.cuda.Stream())
 
     clip_thread = ThreadPoolExecutor(1, initializer=start_clip)
@@ -952,43 +1005,49 @@ def main() -> None:
 
     replay = Replay(args.buffer_size, args.num_envs, obs_dim, act_dim, device)
     name = f"HumanoidCLIP-v0__{args.exp_name}__{args.seed}__{int(time.time())}"
-    run = args.resume or Path("runs") / name
-    (run / "videos").mkdir(parents=True, exist_ok=args.resume is not None)
-    (run / "replay").mkdir(exist_ok=True)
+    run = args.resume or Path("runs") / gather(name)[0]
+    replay_folder = run / "replay" / str(RANK)
+    replay_folder.mkdir(parents=True, exist_ok=args.resume is not None)
+    (run / "videos").mkdir(exist_ok=True)
     step, saved_row, best_return = 0, 0, -math.inf
     episode = np.zeros(args.num_envs, np.int64)  # how often each environment was reset
     if args.resume is not None:
         state = load_checkpoint(run, "last.pt", "--resume")
+        ranks = state["ranks"]
+        check(
+            len(ranks) == WORLD_SIZE,
+            f"--resume {run}: has {len(ranks)} rank(s); torchrun --nproc-per-node={len(ranks)}",
+        )
         for name, part in learned.items():
             part.load_state_dict(state[name])
         log_ent_coef.data.copy_(state["log_ent_coef"])
         if state["device"] == device:  # else the noise starts anew
-            generator.set_state(state["generator"])
+            generator.set_state(ranks[RANK]["generator"])
         step, saved_row, best_return = state["step"], state["replay_rows"], state["best_return"]
-        episode[:] = state["episode"]
-        replay.load(run / "replay", saved_row)
-    if args.track:
+        episode[:] = ranks[RANK]["episode"]
+        replay.load(replay_folder, saved_row)
+    if args.track and RANK == 0:
         import wandb
 
         wandb.init(
             project=args.wandb_project_name, entity=args.wandb_entity, name=run.name,
             config=asdict(args), sync_tensorboard=True, save_code=True,
         )  # fmt: skip
-    writer = SummaryWriter(run, purge_step=step + 1 if args.resume else None)
     arguments = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(args).items()}
     table = "\n".join(f"|{key}|{value}|" for key, value in arguments.items())
-    writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}", step)
-    (run / "args.json").write_text(json.dumps(arguments, indent=2) + "\n")
+    if RANK == 0:
+        writer = SummaryWriter(run, purge_step=step + 1 if args.resume else None)
+        writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}", step)
+        (run / "args.json").write_text(json.dumps(arguments, indent=2) + "\n")
 
-    def save_checkpoint(name: str) -> None:
+    def save_checkpoint(name: str, ranks: list[dict]) -> None:
         state = {key: part.state_dict() for key, part in learned.items()}
         state |= {
             "args": {**arguments, "resume": None, "evaluate": None},
             "log_ent_coef": log_ent_coef.detach(),
             "device": device,
-            "generator": generator.get_state(),
+            "ranks": ranks,
             "step": step,
-            "episode": episode.tolist(),
             "replay_rows": saved_row,
             "best_return": best_return,
         }
@@ -1004,7 +1063,8 @@ def main() -> None:
 
     def reset(ended: np.ndarray) -> dict[str, np.ndarray]:
         """Start the next episode of the environments that ended, seeded by its number."""
-        seeds = [reset_seed(args.seed, TRAINING, i, int(n)) for i, n in enumerate(episode)]
+        first = RANK * args.num_envs
+        seeds = [reset_seed(args.seed, TRAINING, first + i, int(n)) for i, n in enumerate(episode)]
         episode[ended] += 1
         with worker_failures(envs, f"step {step}: reset"):
             envs.reset_async(seed=seeds, options={"reset_mask": ended})
@@ -1022,8 +1082,10 @@ def main() -> None:
     losses, episodes = {}, defaultdict(list)  # since the last log
     seconds = dict.fromkeys(("act", "update", "env", "clip", "evaluate", "checkpoint"), 0.0)
     started = clock = time.time()
-    first_step = step
-    bar = tqdm(total=args.total_timesteps, initial=step, unit="step", mininterval=1)
+    first_step, stride = step, args.num_envs * WORLD_SIZE  # env steps per vector step of all ranks
+    bar = tqdm(
+        total=args.total_timesteps, initial=step, unit="step", mininterval=1, disable=RANK > 0
+    )
     while step < args.total_timesteps:
         # ---- Act
         s = torch.from_numpy(observation["state"]).to(device)  # [N, O]
@@ -1038,7 +1100,7 @@ def main() -> None:
         lap("act")
 
         # ---- Update, while the workers step and render and CLIP scores
-        due = math.floor((step + args.num_envs) * args.updates_per_step)
+        due = math.floor((step + stride) * args.updates_per_step)
         due -= math.floor(step * args.updates_per_step)
         if step < args.learning_starts or replay.head == 0:  # it waits for the first scores
             due = 0
@@ -1057,18 +1119,21 @@ def main() -> None:
             qf_loss = F.mse_loss(q, y.expand_as(q)) * 2  # the sum over both critics
             critic_optimizer.zero_grad()
             qf_loss.backward()
+            average(*(weight.grad for weight in critic.parameters()))
             critic_optimizer.step()
 
             a_pi, log_pi = actor.sample(s_t, generator)
             actor_loss = (ent_coef * log_pi - critic(s_t, a_pi).amin(0)).mean()
             actor_optimizer.zero_grad()
             actor_loss.backward(inputs=list(actor.parameters()))
+            average(*(weight.grad for weight in actor.parameters()))
             actor_optimizer.step()
 
             if args.ent_coef is None:
                 ent_coef_loss = -(log_ent_coef.exp() * (log_pi.detach() + target_entropy)).mean()
                 ent_coef_optimizer.zero_grad()
                 ent_coef_loss.backward()
+                average(log_ent_coef.grad)
                 ent_coef_optimizer.step()
 
             with torch.no_grad():
@@ -1086,11 +1151,11 @@ def main() -> None:
                 timeout=args.worker_timeout
             )
         lap("env")
-        step += args.num_envs
+        step += stride
         last = step >= args.total_timesteps
         # The first step at or past each multiple, whatever --num-envs is
-        evaluates = last or step % args.eval_every < args.num_envs
-        saves = last or step % args.checkpoint_every < args.num_envs
+        evaluates = last or step % args.eval_every < stride
+        saves = last or step % args.checkpoint_every < stride
         done = terminated | truncated
         ended = done | evaluates | saves  # which cut the running episodes short
         s_after, frame = torch.from_numpy(next_observation["state"]), next_observation["frame"]
@@ -1116,14 +1181,14 @@ def main() -> None:
                     episodes[f"charts/{name}"] += totals[name][row.done].tolist()
                     totals[name][row.ended] = 0
                 replay.add(row.s, row.a, r, row.s_next, row.terminated)
-                normaliser.update(row.s_next)
+            normaliser.update(torch.cat([row.s_next for row in rows]))
         lap("clip")
 
         # ---- Evaluate, log, save, reset
         if evaluates or saves:
             networks = (*actor.parameters(), *critic.parameters(), *normaliser.buffers())
             stop_if_nan("a network", [*losses.values(), *networks, log_ent_coef])
-        if evaluates:
+        if evaluates and RANK == 0:  # the others wait for it at their next average
             summary, _ = evaluate(
                 envs, policy, score, args.eval_episodes, (args.seed, SELECTION), args
             )
@@ -1136,33 +1201,37 @@ def main() -> None:
             selected = summary["clip_return" if score else "episodic_return"]
             if selected > best_return:
                 best_return = selected
-                save_checkpoint("best.pt")
+                save_checkpoint("best.pt", ranks=[])
             lap("evaluate")
-        if saves or step // args.num_envs % 100 == 0:
+        if saves or step // stride % 100 == 0:
             stop_if_nan("a loss", losses.values())
             scalars = {f"losses/{name}": value.item() for name, value in losses.items()}
             scalars |= {name: np.mean(values) for name, values in episodes.items() if values}
             scalars |= {f"time/{k}": value / (step - first_step) for k, value in seconds.items()}
             scalars["charts/SPS"] = (step - first_step) / (time.time() - started)
-            for name, value in scalars.items():
+            for name, value in scalars.items() if RANK == 0 else ():
                 writer.add_scalar(name, value, step)
             episodes.clear()
         if saves:
-            replay.save(run / "replay", saved_row)
+            replay.save(replay_folder, saved_row)
             saved_row = replay.head
-            save_checkpoint("last.pt")
-            writer.flush()
+            ranks = gather({"generator": generator.get_state(), "episode": episode.tolist()})
+            if RANK == 0:  # now all have their replay on disk
+                save_checkpoint("last.pt", ranks)
+                writer.flush()
             lap("checkpoint")
         observation = reset(ended) if ended.any() else next_observation
         lap("env")
-        bar.update(args.num_envs)
+        bar.update(stride)
     bar.close()
-    writer.close()
-    final_report(run)
-    print(f"run: {run} ({(time.time() - started) / 60:.1f} minutes)")
+    if RANK == 0:
+        writer.close()
+        final_report(run)
+        print(f"run: {run} ({(time.time() - started) / 60:.1f} minutes)")
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
         main()
     except KeyboardInterrupt:

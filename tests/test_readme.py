@@ -36,7 +36,8 @@ SHORT_DQN = [
 
 def run(command: str, folder: Path, *flags: str) -> subprocess.CompletedProcess:
     program, *arguments = shlex.split(command)
-    assert program == "python"
+    assert program in ("python", "torchrun")
+    arguments = ["-m", "torch.distributed.run"] * (program == "torchrun") + arguments
     result = subprocess.run(
         [sys.executable, *arguments, *flags],
         cwd=folder,
@@ -78,6 +79,8 @@ def test_command(command, folder, first_run):
         assert "tests/test_readme.py" in run(command, ROOT, "--collect-only").stdout
     elif "clip_accuracy" in command:
         run(command, folder, "--states", "1000", "--output", str(folder / "accuracy.json"))
+    elif "benchmark" in command:
+        run(command, folder, "--steps", "320", "--seconds", "0.2")
     elif "--resume" in command:
         run(command, folder)
     elif "--evaluate" in command:
