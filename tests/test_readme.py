@@ -87,7 +87,7 @@ def test_command(command, folder, first_run):
         run(command, folder, "--final-episodes", "2")
     elif "playhouse_sheet" in command:
         run(command, folder, "--columns", "8", "--size", "48", "--output", str(folder / "s.jpg"))
-    elif "--tour" in command:
+    elif "--tour" in command or "reproduce" in command:
         run(command, folder)
     elif "dqn_clip_playhouse" in command:
         run(command, folder, *SHORT_DQN)

@@ -1,0 +1,174 @@
+"""Every experiment behind README: its command, its hours on two CPU cores, and its file.
+
+    python tests/reproduce.py                       # the list, and what is there already
+    python tests/reproduce.py kneeling lotus        # these, one after the other
+    python tests/reproduce.py --all                 # what is missing
+
+A result is a small JSON file in `tests/results/`; where it exists the experiment is skipped. Runs
+go to `runs/reproduce/`, and one that was interrupted is resumed.
+"""
+
+# ruff: noqa: E402, I001
+
+import json
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+import tyro
+from whole_runs import scalars
+
+
+class Experiment(NamedTuple):
+    what: str
+    command: str
+    hours: float  # on two cores, all seeds together
+    seeds: int = 0  # runs of a training script; 0: a program that prints or writes its result
+
+
+def pose(task: str, seeds: int = 1) -> Experiment:
+    command = f"python sac_clip_humanoid.py --task {task}"
+    return Experiment(f"{task.replace('_', ' ')}, from its sentence", command, 1.3 * seeds, seeds)
+
+
+SAC, DQN = "python sac_clip_humanoid.py", "python dqn_clip_playhouse.py"
+EXPERIMENTS = {
+    "benchmark": Experiment(
+        "speed of each stage and of the loop", "python tests/benchmark.py --json", 0.02
+    ),
+    "clip_accuracy": Experiment(
+        "the bundled CLIP as a reward for poses", "python tests/clip_accuracy.py", 0.1
+    ),
+    "home_accuracy": Experiment(
+        "the bundled CLIP as a success detector", "python tests/home_accuracy.py", 0.1
+    ),
+    "kneeling": pose("kneeling", seeds=3),
+    "lotus": pose("lotus"),
+    "standing": pose("standing"),
+    "arms_raised": pose("arms_raised"),
+    "splits": pose("splits"),
+    "hands_on_hips": pose("hands_on_hips"),
+    "arms_crossed": pose("arms_crossed"),
+    "one_leg": pose("one_leg"),
+    "alpha_half": Experiment(
+        "kneeling with half of the regularisation", f"{SAC} --alpha 0.5", 1.3, 1
+    ),
+    "untextured": Experiment("kneeling with the plain body", f"{SAC} --no-textured", 1.3, 1),
+    "running": Experiment(
+        "SAC alone, on gymnasium's running reward",
+        f"{SAC} --reward env --reward-scale 1 --updates-per-step 0.25 --total-timesteps 150000 "
+        "--full-observation --no-anneal-lr --no-layer-norm --initial-ent-coef 1",
+        1.0,
+        2,
+    ),
+    "find_env": Experiment(
+        "DQN alone: find, on the simulator's truth", f"{DQN} --reward env --family find", 1.0, 1
+    ),
+    "playhouse": Experiment("all families, from CLIP", DQN, 3.0, 2),
+    "playhouse_env": Experiment("all families, on the truth", f"{DQN} --reward env", 1.0, 1),
+    "playhouse_paper": Experiment(
+        "all families, from CLIP, no relabelling", f"{DQN} --relabel-fraction 0", 1.5, 1
+    ),
+}
+
+
+@dataclass
+class Args:
+    names: tyro.conf.Positional[tuple[str, ...]] = ()
+    """experiments to run; none: list them"""
+    all: bool = False
+    """run all that have no result yet"""
+    results: Path = HERE / "results"
+    """where the JSON files are"""
+    runs: Path = HERE.parent / "runs" / "reproduce"
+    """where agents are trained"""
+
+
+def summary(run: Path, command: str) -> dict:
+    """What is kept of a finished run: its report, and its evaluations over training."""
+    logged = {k: v for k, v in scalars(run).items() if k.startswith("eval/")}
+    events = next(iter(logged.values()))
+    pauses = [b.wall_time - a.wall_time for a, b in zip(events, events[1:], strict=False)]
+    return {
+        "command": command,
+        "precision": json.loads((run / "args.json").read_text())["precision"],
+        # An interrupted run stood still for a while; the median does not know.
+        "minutes": round(statistics.median(pauses) * len(events) / 60, 1) if pauses else None,
+        "report": json.loads((run / "report.json").read_text()),
+        "curve": {
+            "step": [event.step for event in events],
+            **{tag.removeprefix("eval/"): [e.value for e in logged[tag]] for tag in sorted(logged)},
+        },
+    }
+
+
+def train(command: str, folder: Path) -> dict:
+    """Start the run in the folder, or go on with the one that is there, and summarise it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoints = sorted(folder.glob("runs/*/last.pt"))
+    reports = sorted(folder.glob("runs/*/report.json"))
+    if not reports:
+        program, script, *flags = shlex.split(command)
+        if checkpoints:
+            flags = ["--resume", str(checkpoints[-1].parent)]
+        subprocess.run([sys.executable, HERE.parent / script, *flags], cwd=folder, check=True)
+        reports = sorted(folder.glob("runs/*/report.json"))
+    return summary(reports[-1].parent, command)
+
+
+def result_of(name: str, args: Args) -> dict | None:
+    """Of an experiment that is run now; None if its program writes the file itself."""
+    experiment = EXPERIMENTS[name]
+    if experiment.seeds:
+        commands = [f"{experiment.command} --seed {i + 1}" for i in range(experiment.seeds)]
+        folders = [args.runs / name / str(i + 1) for i in range(experiment.seeds)]
+        runs = [train(*pair) for pair in zip(commands, folders, strict=True)]
+        return {"what": experiment.what, "runs": runs}
+    program, *arguments = shlex.split(experiment.command)
+    line = [sys.executable, *arguments]
+    if "--json" not in arguments:
+        line += ["--output", args.results / f"{name}.json"]
+        subprocess.run(line, cwd=HERE.parent, check=True)
+        return None
+    output = subprocess.run(line, cwd=HERE.parent, check=True, capture_output=True, text=True)
+    print(output.stdout)
+    numbers = json.loads(output.stdout.splitlines()[-1])
+    return {"what": experiment.what, "command": experiment.command, **numbers}
+
+
+def dump(result: dict) -> str:
+    """JSON with four digits, and each list of numbers on a line of its own."""
+    rounded = json.loads(json.dumps(result), parse_float=lambda x: float(f"{float(x):.4g}"))
+    text = json.dumps(rounded, indent=1)
+    return re.sub(r"\[[-\d.,e\s]+\]", lambda m: re.sub(r"\s+", " ", m[0]), text) + "\n"
+
+
+def main(args: Args) -> None:
+    unknown = [name for name in args.names if name not in EXPERIMENTS]
+    if unknown:
+        sys.exit(f"{unknown[0]}: no such experiment; choose from {', '.join(EXPERIMENTS)}")
+    if not args.names and not args.all:
+        for name, (what, command, hours, _) in EXPERIMENTS.items():
+            state = "there" if (args.results / f"{name}.json").exists() else "not run"
+            print(f"{name:16} {state:8} {hours:5.2f} h  {what}\n{'':34}{command}")
+        return
+    for name in EXPERIMENTS if args.all else args.names:
+        path = args.results / f"{name}.json"
+        if path.exists():
+            print(f"{name}: {path} is there; delete it to run the experiment again")
+            continue
+        result = result_of(name, args)
+        if result is not None:
+            path.write_text(dump(result))
+        print(f"{name}: {path}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
