@@ -3,8 +3,10 @@ r"""Train a MuJoCo humanoid to take a pose described by one sentence: SAC on a C
     python sac_clip_humanoid.py                                      # kneeling, on a laptop CPU
     python sac_clip_humanoid.py --goal "a humanoid robot meditating in the lotus pose"
     python sac_clip_humanoid.py --clip-model ViT-bigG-14/laion2b_s39b_b160k --frame-size 224 \
-        --total-timesteps 10_000_000 --learning-starts 50_000 --batch-size 512 \
-        --updates-per-step 0.03 --full-observation --no-anneal-lr --no-layer-norm    # the paper
+        --total-timesteps 10_000_000 --eval-every 250_000 --checkpoint-every 250_000 \
+        --learning-starts 50_000 --batch-size 512 --updates-per-step 0.03 \
+        --full-observation --no-anneal-lr --no-layer-norm                # at the paper's sizes
+    torchrun --standalone --nproc-per-node=4 sac_clip_humanoid.py        # on several GPUs
 
 CLIP looks at each frame and says how far it lies on the way from the baseline prompt ("a humanoid
 robot") to the goal prompt ("a humanoid robot kneeling"). That number is the whole reward: no state,
@@ -30,6 +32,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -68,7 +71,9 @@ except Exception as error:  # mujoco raises whatever its GL loader raised
     raise SystemExit(2) from None
 
 HERE = Path(__file__).resolve().parent
-START_METHOD = "fork" if sys.platform == "linux" else "spawn"  # loads torch in each worker
+START_METHOD = (
+    "fork" if sys.platform == "linux" else "spawn"
+)  # spawn imports torch anew in each worker
 # Set by torchrun; a script that was started alone is rank 0 of 1.
 RANK, LOCAL_RANK = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
@@ -125,8 +130,8 @@ class Args:
     clip_model: str = str(HERE / "tests" / "tiny_clip")
     """folder, ARCH/TAG or ARCH/FILE of open_clip, or hf-hub:ID"""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """of CLIP, and allowed in the networks' products; auto is bf16 on CUDA (older than Ampere: take
-    fp32) and on a CPU with AVX512-BF16"""
+    """of CLIP; bf16 lets the networks multiply below float32 too (TF32 on CUDA, bf16 on a CPU);
+    auto is bf16 on CUDA (older than Ampere: take fp32) and on a CPU with AVX512-BF16"""
     compile: bool = False  # torch.compile CLIP's image tower
     score_every: int = 8  # steps of all environments whose frames make one CLIP batch
 
@@ -134,7 +139,7 @@ class Args:
 
     buffer_size: int = 1_000_000  # transitions in the replay of each rank
     learning_starts: int = 5_000  # env steps of uniformly random actions before the first update
-    updates_per_step: float = 0.5  # gradient updates per environment step
+    updates_per_step: float = 0.5  # gradient updates per environment step of all ranks
     batch_size: int = 256  # transitions per update and rank
     learning_rate: float = 6e-4  # of actor, critics and temperature
     anneal_lr: bool = True
@@ -174,9 +179,6 @@ def check_args(args: Args) -> None:
         args.ent_coef is None or 0 < args.ent_coef < math.inf,
         f"--ent-coef {args.ent_coef}: must be greater than 0; leave it out to learn it",
     )
-    check(
-        args.learning_starts >= 0, f"--learning-starts {args.learning_starts}: must be at least 0"
-    )
     check(0 <= args.alpha <= 1, f"--alpha {args.alpha}: must lie between 0 and 1")
     check(0 <= args.gamma < 1, f"--gamma {args.gamma}: must be at least 0 and less than 1")
     check(args.tau <= 1, f"--tau {args.tau}: must be at most 1")
@@ -185,10 +187,6 @@ def check_args(args: Args) -> None:
         check(
             sentence is None or sentence.strip() != "", f"--{name} {sentence!r}: write a sentence"
         )
-    check(
-        args.batch_size <= args.buffer_size,
-        f"--batch-size {args.batch_size}: larger than --buffer-size {args.buffer_size}; lower it",
-    )
     check(
         args.num_envs <= args.buffer_size,
         f"--buffer-size {args.buffer_size}: less than --num-envs {args.num_envs}; raise it",
@@ -521,6 +519,7 @@ gym.register("HumanoidCLIP-v0", HumanoidEnv, max_episode_steps=100)
 
 
 def draw_one_frame() -> None:
+    """In a process of its own: a broken GL may crash or hang it."""
     try:
         env = HumanoidEnv(render_mode="rgb_array")
         env.reset()
@@ -534,13 +533,13 @@ class FrameObservation(gym.ObservationWrapper):
 
     def __init__(self, env: gym.Env):
         super().__init__(env)
-        # A size of 0 means that nobody looks.
         self.shape = (env.unwrapped.height, env.unwrapped.width, 3)
         self.observation_space = gym.spaces.Dict(
             state=env.observation_space, frame=gym.spaces.Box(0, 255, self.shape, np.uint8)
         )
 
     def observation(self, observation):
+        # A size of 0 means that nobody looks.
         frame = self.render() if all(self.shape) else np.zeros(self.shape, np.uint8)
         return {"state": observation, "frame": frame}
 
@@ -597,16 +596,6 @@ def worker_failures(envs: gym.vector.AsyncVectorEnv, stage: str):
         raise SystemExit(1) from None
 
 
-def check_memory(capacity: int, size: int, device: str) -> None:
-    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    memory = torch.cuda.mem_get_info()[0] if device == "cuda" else pages
-    check(
-        size < memory,
-        f"--buffer-size {capacity}: takes {size / 2**30:.1f} GB, and the {device} has "
-        f"{memory / 2**30:.1f} GB; lower it",
-    )
-
-
 class Replay:
     """A ring of rows on the device: (s, a, r, s', terminated) of all N environments at a step."""
 
@@ -616,7 +605,14 @@ class Replay:
         shapes = [
             (self.rows, num_envs, *shape) for shape in ((obs_dim,), (act_dim,), (), (obs_dim,), ())
         ]
-        check_memory(capacity, 4 * sum(map(math.prod, shapes)), device)
+        size = 4 * sum(map(math.prod, shapes))  # bytes
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        memory = torch.cuda.mem_get_info()[0] if device == "cuda" else memory
+        check(
+            size < memory,
+            f"--buffer-size {capacity}: takes {size / 2**30:.1f} GiB, and the {device} has "
+            f"{memory / 2**30:.1f} GiB; lower it",
+        )
         self.data = [torch.zeros(shape, device=device) for shape in shapes]
 
     def add(self, *row: torch.Tensor | np.ndarray) -> None:
@@ -660,15 +656,15 @@ class Replay:
 
 @contextmanager
 def rank_failures():
-    """A rank that dies ends the others in one line."""
+    """What gloo raises where a rank died, in one line; NCCL leaves that to torchrun."""
     try:
         yield
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         check(
             False,
-            f"rank {RANK} of {WORLD_SIZE}: another one is gone ({reason}); --resume continues the "
-            "run from its last checkpoint",
+            f"rank {RANK} of {WORLD_SIZE}: cannot reach the others ({reason}); --resume continues "
+            "a run from its last checkpoint",
             exit_code=1,
         )
 
@@ -676,16 +672,14 @@ def rank_failures():
 def average(*tensors: torch.Tensor) -> None:
     """Over all ranks, in place."""
     if WORLD_SIZE > 1:
-        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        flat = nn.utils.parameters_to_vector(tensors)
         with rank_failures():
             dist.all_reduce(flat)
-        parts = (flat / WORLD_SIZE).split([tensor.numel() for tensor in tensors])
-        for tensor, part in zip(tensors, parts, strict=True):
-            tensor.copy_(part.view_as(tensor))
+        nn.utils.vector_to_parameters(flat / WORLD_SIZE, tensors)
 
 
 def gather(value) -> list:
-    """One value from each rank."""
+    """The values of all ranks, in their order."""
     values = [value] * WORLD_SIZE
     if WORLD_SIZE > 1:
         with rank_failures():
@@ -776,11 +770,11 @@ class Row(NamedTuple):
     ended: np.ndarray  # [N], done or cut short
 
 
-TRAINING, SELECTION, REPORT, NOISE = range(4)  # uses of a seed: no two of them draw the same
+TRAINING, SELECTION, REPORT, NOISE = range(4)  # uses of --seed, each with a stream of its own
 
 
 def reset_seed(*key: int) -> int:
-    """A seed from (seed, use, environment or rank, episode)."""
+    """32 bits from (seed, use, environment or rank, episode)."""
     return int(np.random.SeedSequence(key).generate_state(1)[0])
 
 
@@ -868,15 +862,17 @@ def parse_args() -> Args:
     if run is None:
         return args
     # What may differ from the run's own arguments; the rest would make it another run.
-    free = {"resume", "evaluate", "device"}
     if args.resume:
-        saved = load_checkpoint(run, "last.pt", "--resume")["args"]
-        free |= {"total_timesteps"}
-    else:
-        saved = load_checkpoint(run, "best.pt", "--evaluate")["args"]
-        # The folder of the CLIP may have another path on another machine.
-        free |= {"final_episodes", "num_envs", "precision", "worker_timeout", "clip_model"}
-    saved = Args(**saved)
+        state, free = load_checkpoint(run, "last.pt", "--resume"), {"total_timesteps"}
+        ranks = len(state["ranks"])
+        check(
+            ranks == WORLD_SIZE,
+            f"--resume {run}: has {ranks} rank(s); torchrun --nproc-per-node={ranks}",
+        )
+    else:  # the folder of the CLIP may have another path on another machine
+        state = load_checkpoint(run, "best.pt", "--evaluate")
+        free = {"final_episodes", "num_envs", "precision", "worker_timeout", "clip_model"}
+    saved, free = Args(**state["args"]), free | {"resume", "evaluate", "device"}
     args = tyro.cli(Args, default=saved, description=__doc__)
     for name, old in asdict(saved).items():
         new = getattr(args, name)
@@ -893,9 +889,23 @@ def main() -> None:
     device = args.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    check(
+        device == "cpu" or torch.cuda.device_count() > LOCAL_RANK,
+        f"--device {device}: {torch.cuda.device_count()} GPU(s) here; lower --nproc-per-node",
+    )
     if args.precision == "auto":  # settled here, so that a resumed run keeps it
+        # torch.cuda.is_bf16_supported would start CUDA before the fork
         has_bf16 = device == "cuda" or torch.cpu._is_avx512_bf16_supported()
         args.precision = "bf16" if has_bf16 else "fp32"
+    if args.reward == "clip" or args.capture_video or args.evaluate is not None:
+        probe = multiprocessing.get_context(START_METHOD).Process(target=draw_one_frame)
+        probe.start()
+        probe.join(args.worker_timeout)
+        probe.kill()  # one that hangs in the driver ignores SIGTERM, and our exit would wait for it
+        check(
+            probe.exitcode == 0,
+            f"MUJOCO_GL={os.environ.get('MUJOCO_GL')}: cannot render here. {GL_REMEDY}",
+        )
     task = TASKS[args.task]
     clip = None
     if args.reward == "clip":
@@ -907,22 +917,16 @@ def main() -> None:
             )  # fmt: skip
         except ValueError as error:
             check(False, str(error))
-    draws = clip is not None or args.capture_video or args.evaluate is not None
-    probe = multiprocessing.get_context(START_METHOD).Process(target=draw_one_frame, daemon=True)
-    probe.start()
-    probe.join(args.worker_timeout)
-    check(
-        probe.exitcode == 0 or not draws,
-        f"MUJOCO_GL={os.environ.get('MUJOCO_GL')}: cannot render here. {GL_REMEDY}",
-    )
 
-    # The workers are forked before this process touches CUDA or starts a thread.
+    # The workers are forked before this process touches CUDA or starts CLIP's thread.
     envs = make_envs(args, args.num_envs, args.frame_size if clip is not None else 0)
-    video_envs = make_envs(args, 1, 320) if args.capture_video or args.evaluate else None
+    films = args.capture_video and RANK == 0 or args.evaluate is not None
+    video_envs = make_envs(args, 1, 320) if films else None
     if device == "cuda":
         torch.cuda.set_device(LOCAL_RANK)
     if WORLD_SIZE > 1:
-        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        backend = "nccl" if device == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=2))  # they wait for evaluations
     if clip is not None:
         clip.to(device)
     obs_dim = envs.single_observation_space["state"].shape[0]
@@ -990,7 +994,8 @@ def main() -> None:
                 normaliser.load_state_dict(state["normaliser"])
             report[name], _ = evaluate(envs, act, score, args.final_episodes, key, args)
             print(f"{name:>6}:", ", ".join(f"{k} {v:.3f}" for k, v in report[name].items()))
-        (run / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+        if args.evaluate is None:  # a replay, perhaps of fewer episodes, leaves the run's report
+            (run / "report.json").write_text(json.dumps(report, indent=2) + "\n")
         if video_envs is not None:
             video = run / "videos" / "best.mp4"
             _, film = evaluate(video_envs, policy, None, 1, key, args)
@@ -1013,18 +1018,14 @@ def main() -> None:
     episode = np.zeros(args.num_envs, np.int64)  # how often each environment was reset
     if args.resume is not None:
         state = load_checkpoint(run, "last.pt", "--resume")
-        ranks = state["ranks"]
-        check(
-            len(ranks) == WORLD_SIZE,
-            f"--resume {run}: has {len(ranks)} rank(s); torchrun --nproc-per-node={len(ranks)}",
-        )
+        own = state["ranks"][RANK]
         for name, part in learned.items():
             part.load_state_dict(state[name])
         log_ent_coef.data.copy_(state["log_ent_coef"])
         if state["device"] == device:  # else the noise starts anew
-            generator.set_state(ranks[RANK]["generator"])
+            generator.set_state(own["generator"])
         step, saved_row, best_return = state["step"], state["replay_rows"], state["best_return"]
-        episode[:] = ranks[RANK]["episode"]
+        episode[:] = own["episode"]
         replay.load(replay_folder, saved_row)
     if args.track and RANK == 0:
         import wandb
@@ -1070,6 +1071,9 @@ def main() -> None:
             envs.reset_async(seed=seeds, options={"reset_mask": ended})
             return envs.reset_wait(timeout=args.worker_timeout)[0]
 
+    def updates_by(step: int) -> int:
+        return math.floor(step * args.updates_per_step)
+
     def lap(stage: str) -> None:
         nonlocal clock
         seconds[stage] += time.time() - clock
@@ -1079,7 +1083,7 @@ def main() -> None:
     pending = []  # rows that CLIP's thread does not have yet
     scoring = []  # batches of rows that it has, each with its rewards to come
     totals = defaultdict(lambda: np.zeros(args.num_envs))  # of the running episodes
-    losses, episodes = {}, defaultdict(list)  # since the last log
+    losses, episodes = {}, defaultdict(list)  # of the last update; since the last log
     seconds = dict.fromkeys(("act", "update", "env", "clip", "evaluate", "checkpoint"), 0.0)
     started = clock = time.time()
     first_step, stride = step, args.num_envs * WORLD_SIZE  # env steps per vector step of all ranks
@@ -1100,10 +1104,8 @@ def main() -> None:
         lap("act")
 
         # ---- Update, while the workers step and render and CLIP scores
-        due = math.floor((step + stride) * args.updates_per_step)
-        due -= math.floor(step * args.updates_per_step)
-        if step < args.learning_starts or replay.head == 0:  # it waits for the first scores
-            due = 0
+        ready = step >= args.learning_starts and replay.head > 0  # the first scores come late
+        due = updates_by(step + stride) - updates_by(step) if ready else 0
         remaining = 1 - step / args.total_timesteps if args.anneal_lr else 1
         for optimizer in (critic_optimizer, actor_optimizer, ent_coef_optimizer):
             optimizer.param_groups[0]["lr"] = args.learning_rate * remaining
@@ -1158,8 +1160,9 @@ def main() -> None:
         saves = last or step % args.checkpoint_every < stride
         done = terminated | truncated
         ended = done | evaluates | saves  # which cut the running episodes short
-        s_after, frame = torch.from_numpy(next_observation["state"]), next_observation["frame"]
-        pending.append(Row(s, a, reward, s_after.to(device), terminated, frame, done, ended))
+        s_next = torch.from_numpy(next_observation["state"]).to(device)
+        frame = next_observation["frame"]
+        pending.append(Row(s, a, reward, s_next, terminated, frame, done, ended))
 
         # ---- Hand the frames of several steps to CLIP's thread as one batch, and store the batch
         # before it, which was scored meanwhile. Evaluations and checkpoints wait for all, so that
@@ -1187,8 +1190,8 @@ def main() -> None:
         # ---- Evaluate, log, save, reset
         if evaluates or saves:
             networks = (*actor.parameters(), *critic.parameters(), *normaliser.buffers())
-            stop_if_nan("a network", [*losses.values(), *networks, log_ent_coef])
-        if evaluates and RANK == 0:  # the others wait for it at their next average
+            stop_if_nan("a network", (*networks, log_ent_coef))
+        if evaluates and RANK == 0:  # the others wait in the next average or gather
             summary, _ = evaluate(
                 envs, policy, score, args.eval_episodes, (args.seed, SELECTION), args
             )
@@ -1205,12 +1208,13 @@ def main() -> None:
             lap("evaluate")
         if saves or step // stride % 100 == 0:
             stop_if_nan("a loss", losses.values())
-            scalars = {f"losses/{name}": value.item() for name, value in losses.items()}
-            scalars |= {name: np.mean(values) for name, values in episodes.items() if values}
-            scalars |= {f"time/{k}": value / (step - first_step) for k, value in seconds.items()}
-            scalars["charts/SPS"] = (step - first_step) / (time.time() - started)
-            for name, value in scalars.items() if RANK == 0 else ():
-                writer.add_scalar(name, value, step)
+            if RANK == 0:
+                scalars = {f"losses/{name}": value.item() for name, value in losses.items()}
+                scalars |= {name: np.mean(values) for name, values in episodes.items() if values}
+                scalars |= {f"time/{k}": v / (step - first_step) for k, v in seconds.items()}
+                scalars["charts/SPS"] = (step - first_step) / (time.time() - started)
+                for name, value in scalars.items():
+                    writer.add_scalar(name, value, step)
             episodes.clear()
         if saves:
             replay.save(replay_folder, saved_row)
@@ -1224,6 +1228,8 @@ def main() -> None:
         lap("env")
         bar.update(stride)
     bar.close()
+    if WORLD_SIZE > 1:
+        dist.destroy_process_group()
     if RANK == 0:
         writer.close()
         final_report(run)

@@ -419,10 +419,14 @@ def test_an_easy_reward_is_learned(tmp_path, monkeypatch):
 
 def test_an_agent_can_be_replayed(finished):
     run, _ = finished
-    before = json.loads((run / "report.json").read_text())
+    before = (run / "report.json").read_text()
     result = train(SCRIPT, run.parents[1], "--evaluate", run, "--final-episodes", "4")
     assert result.returncode == 0, result.stderr
-    assert json.loads((run / "report.json").read_text()) == before  # same seeds, same episodes
+    for name, row in json.loads(before).items():  # same seeds, same episodes
+        assert ", ".join(f"{k} {v:.3f}" for k, v in row.items()) in result.stdout, name
+    result = train(SCRIPT, run.parents[1], "--evaluate", run, "--final-episodes", "2")
+    assert result.returncode == 0, result.stderr
+    assert (run / "report.json").read_text() == before
 
 
 def children(pid: int) -> list[int]:
@@ -490,7 +494,6 @@ def test_nan_stops_the_run_and_leaves_the_last_checkpoint(tmp_path, random_clip)
         (["--track"], ["--track", "pip install wandb"]),
         (["--batch-size", "-1"], ["--batch-size -1"]),
         (["--total-timesteps", "0"], ["--total-timesteps 0"]),
-        (["--batch-size", "9000", "--buffer-size", "8000"], ["--batch-size 9000", "8000"]),
         (["--ent-coef", "0"], ["--ent-coef 0", "greater than 0"]),
         (["--updates-per-step", "inf"], ["--updates-per-step inf", "finite"]),
         (["--seed", "-1"], ["--seed -1"]),
