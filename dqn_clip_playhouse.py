@@ -26,6 +26,7 @@ from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -64,7 +65,9 @@ except Exception as error:  # mujoco raises whatever its GL loader raised
     raise SystemExit(2) from None
 
 HERE = Path(__file__).resolve().parent
-START_METHOD = "fork" if sys.platform == "linux" else "spawn"  # loads torch in each worker
+START_METHOD = (
+    "fork" if sys.platform == "linux" else "spawn"
+)  # spawn imports torch anew in each worker
 # Set by torchrun; a script that was started alone is rank 0 of 1.
 RANK, LOCAL_RANK = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
@@ -135,14 +138,18 @@ class Args:
 
     buffer_size: int = 150_000  # transitions in the replay of each rank
     learning_starts: int = 10_000  # env steps of random actions before the first update
-    updates_per_step: float = 0.125  # gradient updates per environment step
+    updates_per_step: float = 0.25  # gradient updates per environment step of all ranks
     batch_size: int = 64  # transitions per update and rank
     learning_rate: float = 3e-4  # of Adam
-    gamma: float = 0.97  # discount factor
+    gamma: float = 0.98  # discount factor
+    n_step: int = 5  # steps of a target before it bootstraps
     target_every: int = 500  # updates between copies of the network into its target
     double_q: bool = True  # the network chooses the next action, its target values it
     epsilon_end: float = 0.05  # share of random actions after --epsilon-steps; from 1 linearly
     epsilon_steps: int = 150_000  # env steps after learning starts
+    explore_steps: float = 4.0
+    """steps, on average, for which a random action is kept while exploring: single ones would not
+    leave the room (1 is plain epsilon-greedy)"""
     eval_epsilon: float = 0.02  # share of random actions in evaluations: who is stuck gets free
     relabel_fraction: float = 0.5
     """share of the sampled transitions that are trained, where there is one, for another goal that
@@ -166,7 +173,7 @@ def check_args(args: Args) -> None:
     for name in ("total_timesteps", "num_envs", "eval_every", "eval_episodes", "final_episodes",
                  "checkpoint_every", "frame_size", "score_every", "buffer_size", "batch_size",
                  "updates_per_step", "learning_rate", "temperature", "target_every",
-                 "epsilon_steps", "calibration_episodes", "frame_stack", "policy_size",
+                 "epsilon_steps", "n_step", "calibration_episodes", "frame_stack", "policy_size",
                  "worker_timeout"):  # fmt: skip
         value = getattr(args, name)
         check(0 < value < math.inf, f"--{flag(name)} {value}: must be finite and greater than 0")
@@ -174,10 +181,8 @@ def check_args(args: Args) -> None:
         value = getattr(args, name)
         check(0 <= value <= 1, f"--{flag(name)} {value}: must lie between 0 and 1")
     check(0 <= args.seed < 2**63, f"--seed {args.seed}: must be at least 0 and less than 2**63")
-    check(
-        args.learning_starts >= 0, f"--learning-starts {args.learning_starts}: must be at least 0"
-    )
     check(0 <= args.gamma < 1, f"--gamma {args.gamma}: must be at least 0 and less than 1")
+    check(args.explore_steps >= 1, f"--explore-steps {args.explore_steps}: must be at least 1")
     check(args.baseline.strip() != "", f"--baseline {args.baseline!r}: write a sentence")
     check(args.beta is None or math.isfinite(args.beta), f"--beta {args.beta}: must be finite")
     check(
@@ -196,10 +201,6 @@ def check_args(args: Args) -> None:
     check(
         args.frame_stack <= args.score_every,
         f"--frame-stack {args.frame_stack}: must be at most --score-every {args.score_every}",
-    )
-    check(
-        args.batch_size <= args.buffer_size,
-        f"--batch-size {args.batch_size}: larger than --buffer-size {args.buffer_size}; lower it",
     )
     check(
         args.num_envs * 2 * MAX_STEPS <= args.buffer_size,
@@ -390,6 +391,7 @@ REACH = 1.2  # m from the eye: what can be grabbed
 NEAR, SEEN, CENTRAL = 1.2, 0.006, 0.2  # found: m from the eye, share of the frame, off its middle
 AT_REST = 0.3  # m/s, at most, of a toy that is placed
 ACTIONS = ("forward", "back", "left", "right", "up", "down", "grab", "release", "stay")
+STAY = ACTIONS.index("stay")
 
 
 def about_z(angle: float) -> tuple[float, float, float, float]:
@@ -933,6 +935,7 @@ def tour(path: Path, seed: int) -> list[str]:
 
 
 def draw_one_frame() -> None:
+    """In a process of its own: a broken GL may crash or hang it."""
     try:
         PlayhouseEnv("rgb_array").reset()
     except Exception:  # whatever the GL library raises; the parent names the remedy
@@ -1012,12 +1015,13 @@ def random_play(envs, score, episodes: int, key: tuple, args: Args):
         with worker_failures(envs, "calibration"):
             envs.reset_async(seed=seeds)
             envs.reset_wait(timeout=args.worker_timeout)
-            for _ in range(MAX_STEPS):
+        for _ in range(MAX_STEPS):
+            with worker_failures(envs, "calibration"):
                 envs.step_async(rng.integers(len(ACTIONS), size=envs.num_envs))
                 frames, *_, info = envs.step_wait(timeout=args.worker_timeout)
-                scores.append(score(frames))
-                if "reached" in info:
-                    reached.append(torch.from_numpy(info["reached"]))
+            scores.append(score(frames))
+            if "reached" in info:
+                reached.append(torch.from_numpy(info["reached"]))
     return torch.cat(scores), torch.cat(reached).to(scores[0].device) if reached else None
 
 
@@ -1033,105 +1037,111 @@ def calibrate(scores: torch.Tensor, reached: torch.Tensor | None, rate: float) -
     return beta
 
 
-def check_memory(capacity: int, size: int, device: str) -> None:
-    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    memory = torch.cuda.mem_get_info()[0] if device == "cuda" else pages
-    check(
-        size < memory,
-        f"--buffer-size {capacity}: takes {size / 2**30:.1f} GB, and the {device} has "
-        f"{memory / 2**30:.1f} GB; lower it",
-    )
-
-
 class Replay:
     """A ring of blocks: K steps of all N environments, and the frames that follow the last of them.
 
     Environments are reset only between blocks, so that within one s' is simply the next frame, and
-    goal and episode are constant. Each step keeps its scores for all training goals.
+    goal and episode are constant. Each step keeps its scores for all training goals. A time t is
+    the number of steps before it: the step is in block t // K, which lies at t // K % C.
     """
 
     def __init__(self, capacity: int, num_envs: int, steps: int, size: int, stack: int, device):
         self.blocks, self.num_envs, self.steps = capacity // (num_envs * steps), num_envs, steps
         self.stack, self.device = stack, device
-        self.head = 0  # the next block; block b lies at b % blocks
+        self.head = 0  # the next block
         C, K, N = self.blocks, steps, num_envs
         rings = {
             "frame": ((C, K + 1, N, size, size, 3), torch.uint8),
             "action": ((C, K, N), torch.uint8),
             "score": ((C, K, N, len(TRAIN_GOALS)), torch.float32),
             "goal": ((C, N), torch.int64),
-            "age": ((C, N), torch.int64),  # steps before the block
-            "episode": ((C, N), torch.int64),  # its number
+            "age": ((C, N), torch.int64),  # steps of the episode before the block
+            "last": ((C, N), torch.int64),  # block of the episode, so far
         }
-        bytes_ = sum(math.prod(shape) * dtype.itemsize for shape, dtype in rings.values())
-        check_memory(capacity, bytes_, device)
+        size = sum(math.prod(shape) * dtype.itemsize for shape, dtype in rings.values())  # bytes
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        memory = torch.cuda.mem_get_info()[0] if device == "cuda" else memory
+        check(
+            size < memory,
+            f"--buffer-size {capacity}: takes {size / 2**30:.1f} GiB, and the {device} has "
+            f"{memory / 2**30:.1f} GiB; lower it",
+        )
         self.data = {
             name: torch.zeros(shape, dtype=dtype, device=device)
             for name, (shape, dtype) in rings.items()
         }
-        self.last = torch.zeros(C, N, dtype=torch.int64, device=device)  # block of an episode
 
     def add(self, **block: torch.Tensor) -> None:
+        """frame [K + 1, N, H, W, 3], action [K, N], score [K, N, 190], goal [N], age [N]."""
         for name, value in block.items():
             self.data[name][self.head % self.blocks] = value
-        self._know_last(self.head)
+        # All blocks of the running episodes now have this one as their last.
+        ago = (self.head - torch.arange(self.blocks, device=self.device)) % self.blocks  # [C]
+        self.data["last"][ago[:, None] * self.steps <= block["age"]] = self.head
         self.head += 1
 
-    def _know_last(self, block: int) -> None:
-        """Episodes are at least a block long, so numbers modulo the ring's size do not clash."""
-        episode = self.data["episode"][block % self.blocks] % self.blocks
-        self.last[episode, torch.arange(self.num_envs, device=self.device)] = block
-
     def sample(
-        self, batch_size: int, beta: torch.Tensor, relabel: float, generator: torch.Generator
+        self,
+        batch_size: int,
+        beta: torch.Tensor,
+        relabel: float,
+        n_step: int,
+        generator: torch.Generator,
     ):
-        """s and s' [B, H, W, 3 k] uint8, a [B], the goal [B], its reward r [B] in {0, 1}."""
+        """Transitions of `n_step` steps, fewer where the goal is reached or the episode ends.
 
-        def randint(high: int, *shape: int) -> torch.Tensor:
-            options = {"generator": generator, "device": self.device}
-            return torch.randint(high, shape, **options)
+        Returns s; a [B], the first action; r [B] in {0, 1}, whether the goal is reached at s'; s';
+        the number of steps from s to s' [B]; the goal [B]. A state is its frames [B, H, W, 3 k]
+        uint8 and the action before them [B].
+        """
 
-        d, C = self.data, self.blocks
+        def draw(high: int) -> torch.Tensor:
+            return torch.randint(high, (batch_size,), generator=generator, device=self.device)
+
+        d, C, K = self.data, self.blocks, self.steps
         oldest = max(0, self.head - C + 1)  # its own frames may reach back into the one before
-        b = oldest + randint(self.head - oldest, batch_size)
-        j, n = randint(self.steps, batch_size), randint(self.num_envs, batch_size)
-        goal = d["goal"][b % C, n]
+        t, n = oldest * K + draw((self.head - oldest) * K), draw(self.num_envs)
+        goal, age = d["goal"][t // K % C, n], d["age"][t // K % C, n] + t % K
+        left = (d["last"][t // K % C, n] + 1) * K - t  # steps of the episode, this one included
         if relabel > 0:
-            # Hindsight: some goal that is reached at one of 8 later moments of the episode.
-            last = self.last[d["episode"][b % C, n] % C, n]
-            length = (last - b + 1) * self.steps - j  # of what is left, with this step, [B]
+            # Hindsight: a goal that is reached by this step or at one of 7 later moments, but did
+            # not hold before: it would have ended an episode of its own. What a first frame shows
+            # is not scored; the next one stands in for it.
             u = torch.rand((batch_size, 8), generator=generator, device=self.device)
-            t = b * self.steps + j
-            later = t[:, None] + (u * length[:, None]).long()  # [B, 8]
-            score = d["score"][later // self.steps % C, later % self.steps, n[:, None]]
-            reached = score > beta[: score.shape[-1]]  # [B, 8, G]
-            # Not one that holds before the step: it would have ended an episode of its own.
-            before = d["score"][(t - 1) // self.steps % C, (t - 1) % self.steps, n]
-            holds = (before > beta[: score.shape[-1]]) & (d["age"][b % C, n] + j > 0)[:, None]
-            reached = (reached & ~holds[:, None]).flatten(1).float()  # [B, 8 G]
+            u[:, 0] = 0
+            moments, before = t[:, None] + (u * left[:, None]).long(), t - (age > 0).long()
+            scores = self._at("score", moments, n[:, None]).amax(1)  # [B, 190]
+            known = beta[: scores.shape[1]]
+            offered = (scores > known) & (self._at("score", before, n) <= known)
             use = torch.rand(batch_size, generator=generator, device=self.device) < relabel
-            use &= reached.any(1)
-            reached[~use, 0] = 1  # multinomial wants something to draw from
-            pick = torch.multinomial(reached, 1, generator=generator)[:, 0] % score.shape[-1]
+            use &= offered.any(1)
+            offered[~use, 0] = True  # multinomial wants something to draw from
+            pick = torch.multinomial(offered.float(), 1, generator=generator)[:, 0]
             goal = torch.where(use, pick, goal)
-        r = (d["score"][b % C, j, n, goal] > beta[goal]).float()
-        return (
-            self._frames(b, j, n),
-            d["action"][b % C, j, n].long(),
-            r,
-            self._frames(b, j + 1, n),
-            goal,
-        )
+        ahead = torch.arange(n_step, device=self.device)
+        times = t[:, None] + torch.minimum(ahead, left[:, None] - 1)  # [B, n_step]
+        reached = self._at("score", times, n[:, None], goal[:, None]) > beta[goal][:, None]
+        r, first = reached.any(1), reached.int().argmax(1, keepdim=True)
+        end = torch.where(r, times.gather(1, first)[:, 0], times[:, -1])
+        previous = torch.where(age > 0, self._at("action", t - 1, n), STAY)
+        s = self._frames(t, n, 0), previous.long()
+        s_next = self._frames(end, n, 1), self._at("action", end, n).long()
+        return s, self._at("action", t, n).long(), r.float(), s_next, end + 1 - t, goal
 
-    def _frames(self, b: torch.Tensor, j: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
-        """The stack of frames up to row j of block b, none from before the episode's start."""
-        age = self.data["age"][b % self.blocks, n] + j
+    def _at(self, name: str, t: torch.Tensor, *index: torch.Tensor) -> torch.Tensor:
+        return self.data[name][(t // self.steps % self.blocks, t % self.steps, *index)]
+
+    def _frames(self, t: torch.Tensor, n: torch.Tensor, after: int) -> torch.Tensor:
+        """The stack of frames up to the one before step t, or `after` it; none of an episode before
+        its own."""
+        block, row = t // self.steps, t % self.steps + after
+        age = self.data["age"][block % self.blocks, n] + row
         frames = []
         for back in range(self.stack - 1, -1, -1):
-            row = j - age.clamp(max=back)
-            before = row < 0  # in the block before this one, whose last row is row 0 of this one
-            block, row = torch.where(before, b - 1, b), torch.where(before, row + self.steps, row)
-            frames.append(self.data["frame"][block % self.blocks, row, n])
+            j = row - age.clamp(max=back)
+            # Row 0 is also the last one of the block before.
+            b, j = torch.where(j < 0, block - 1, block), torch.where(j < 0, j + self.steps, j)
+            frames.append(self.data["frame"][b % self.blocks, j, n])
         return torch.cat(frames, -1)
 
     def save(self, folder: Path, first: int) -> None:
@@ -1154,8 +1164,6 @@ class Replay:
             blocks = torch.arange(end - len(part["action"]), end)
             for name, ring in self.data.items():
                 ring[blocks % self.blocks] = part[name]
-            for block in blocks.tolist():
-                self._know_last(block)
             filled += int((blocks >= head - self.blocks).sum())
         check(
             filled >= min(head, self.blocks),
@@ -1165,15 +1173,15 @@ class Replay:
 
 @contextmanager
 def rank_failures():
-    """A rank that dies ends the others in one line."""
+    """What gloo raises where a rank died, in one line; NCCL leaves that to torchrun."""
     try:
         yield
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         check(
             False,
-            f"rank {RANK} of {WORLD_SIZE}: another one is gone ({reason}); --resume continues the "
-            "run from its last checkpoint",
+            f"rank {RANK} of {WORLD_SIZE}: cannot reach the others ({reason}); --resume continues "
+            "a run from its last checkpoint",
             exit_code=1,
         )
 
@@ -1181,16 +1189,14 @@ def rank_failures():
 def average(*tensors: torch.Tensor) -> None:
     """Over all ranks, in place."""
     if WORLD_SIZE > 1:
-        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        flat = nn.utils.parameters_to_vector(tensors)
         with rank_failures():
             dist.all_reduce(flat)
-        parts = (flat / WORLD_SIZE).split([tensor.numel() for tensor in tensors])
-        for tensor, part in zip(tensors, parts, strict=True):
-            tensor.copy_(part.view_as(tensor))
+        nn.utils.vector_to_parameters(flat / WORLD_SIZE, tensors)
 
 
 def gather(value) -> list:
-    """One value from each rank."""
+    """The values of all ranks, in their order."""
     values = [value] * WORLD_SIZE
     if WORLD_SIZE > 1:
         with rank_failures():
@@ -1199,29 +1205,38 @@ def gather(value) -> list:
 
 
 class QNetwork(nn.Module):
-    """Q(s, g, a) of frames and the goal's text embedding, which scales and shifts each feature map
-    (FiLM, arXiv 1709.07871): frames uint8 [B, H, W, 3 k], goal [B, D] -> [B, 9]."""
+    """Q(s, g, a) of frames, the action before them and the goal's text embedding, which scales and
+    shifts each feature map (FiLM, arXiv 1709.07871): frames uint8 [B, H, W, 3 k], previous [B],
+    goal [B, D] -> [B, 9]. Without the action before, who sees no toy turns left and right in turn.
+    """
 
     def __init__(self, frame_stack: int, size: int, goal_dim: int):
         super().__init__()
-        channels = (3 * frame_stack, 32, 64, 64)
+        channels = (3 * frame_stack, 16, 32, 64)
         self.convolutions = nn.ModuleList(
             nn.Conv2d(m, n, kernel, stride=2, padding=kernel // 2)
             for m, n, kernel in zip(channels[:-1], channels[1:], (5, 3, 3), strict=True)
         )
         self.film = nn.ModuleList(nn.Linear(goal_dim, 2 * n) for n in channels[1:])
+        for film in self.film:  # the features are those of the image, until the goal has a say
+            nn.init.zeros_(film.weight)
+            nn.init.zeros_(film.bias)
         self.hidden = nn.Linear(channels[-1] * (size // 8) ** 2, 256)
+        self.previous = nn.Embedding(len(ACTIONS), 256)
         self.gate = nn.Linear(goal_dim, 256)
         self.head = nn.Linear(256, len(ACTIONS))
         self.to(memory_format=torch.channels_last)  # as frames are
 
-    def forward(self, frames: torch.Tensor, goal: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, frames: torch.Tensor, previous: torch.Tensor, goal: torch.Tensor
+    ) -> torch.Tensor:
         x = frames.permute(0, 3, 1, 2).float() / 255 - 0.5
         goal = goal * goal.shape[-1] ** 0.5  # entries of about 1
         for convolution, film in zip(self.convolutions, self.film, strict=True):
             scale, shift = film(goal)[..., None, None].chunk(2, 1)
             x = F.relu((1 + scale) * convolution(x) + shift)
-        return self.head(F.relu(self.hidden(x.flatten(1))) * torch.sigmoid(self.gate(goal)))
+        x = F.relu(self.hidden(x.flatten(1)) + self.previous(previous))
+        return self.head(x * torch.sigmoid(self.gate(goal)))
 
 
 def shrink(frames: np.ndarray, size: int, device) -> torch.Tensor:
@@ -1231,18 +1246,18 @@ def shrink(frames: np.ndarray, size: int, device) -> torch.Tensor:
     return x.unflatten(2, (size, factor)).unflatten(1, (size, factor)).float().mean((2, 4)).byte()
 
 
-TRAINING, SELECTION, REPORT, CALIBRATION, NOISE = range(5)  # uses of a seed: all draw apart
+TRAINING, SELECTION, REPORT, CALIBRATION, NOISE = range(5)  # uses of --seed, each a stream
 
 
 def reset_seed(*key: int) -> int:
-    """A seed from (seed, use, environment or rank, episode)."""
+    """32 bits from (seed, use, environment or rank, episode)."""
     return int(np.random.SeedSequence(key).generate_state(1)[0])
 
 
 def evaluate(
     envs, policy, reached, episodes: int, key: tuple, goals: Sequence[Goal], args: Args, device: str
 ):
-    """Play `episodes` to the time limit with `policy(stack, goal, generator) -> action`, [N] each.
+    """Play `episodes` to the time limit: `policy(stack, previous, goal, generator) -> action`.
 
     An episode succeeds if the simulator's state is ever one of its goal. `reached(frames, goal)`
     [T, N], if given, says where CLIP's reward is 1, for `clip_success`. Returns the means over the
@@ -1255,14 +1270,14 @@ def evaluate(
         with worker_failures(envs, "evaluation"):
             envs.reset_async(seed=seeds, options={"goals": goals})
             frame, info = envs.reset_wait(timeout=args.worker_timeout)
-        goal, success = info["goal"], np.zeros(envs.num_envs, bool)
+        goal, success = torch.from_numpy(info["goal"]).to(device), np.zeros(envs.num_envs, bool)
         small = shrink(frame, args.policy_size, device)
         stack = small.repeat(1, 1, 1, args.frame_stack)
-        frames, truncated = [frame], np.zeros(1, bool)
+        frames, truncated, a = [frame], np.zeros(1, bool), torch.full_like(goal, STAY)
         while not truncated.all():  # all at once
-            action = policy(stack, torch.from_numpy(goal).to(device), generator).cpu().numpy()
+            a = policy(stack, a, goal, generator)
             with worker_failures(envs, "evaluation"):
-                envs.step_async(action)
+                envs.step_async(a.cpu().numpy())
                 frame, _, _, truncated, info = envs.step_wait(timeout=args.worker_timeout)
             frames.append(frame)
             small = shrink(frame, args.policy_size, device)
@@ -1320,15 +1335,18 @@ def parse_args() -> Args:
     if run is None:
         return args
     # What may differ from the run's own arguments; the rest would make it another run.
-    free = {"resume", "evaluate", "device"}
     if args.resume:
-        saved = load_checkpoint(run, "last.pt", "--resume")["args"]
-        free |= {"total_timesteps"}
-    else:
-        saved = load_checkpoint(run, "best.pt", "--evaluate")["args"]
-        # The folder of the CLIP may have another path on another machine.
-        free |= {"final_episodes", "num_envs", "precision", "worker_timeout", "clip_model"}
-    saved = Args(**{k: Path(v) if k == "output" else v for k, v in saved.items()})
+        state, free = load_checkpoint(run, "last.pt", "--resume"), {"total_timesteps"}
+        ranks = len(state["ranks"])
+        check(
+            ranks == WORLD_SIZE,
+            f"--resume {run}: has {ranks} rank(s); torchrun --nproc-per-node={ranks}",
+        )
+    else:  # the folder of the CLIP may have another path on another machine
+        state = load_checkpoint(run, "best.pt", "--evaluate")
+        free = {"final_episodes", "num_envs", "precision", "worker_timeout", "clip_model"}
+    saved, free = Args(**state["args"]), free | {"resume", "evaluate", "device"}
+    saved.output = Path(saved.output)
     args = tyro.cli(Args, default=saved, description=__doc__)
     for name, old in asdict(saved).items():
         new = getattr(args, name)
@@ -1342,6 +1360,14 @@ def parse_args() -> Args:
 def main() -> None:
     args = parse_args()
     check_args(args)
+    probe = multiprocessing.get_context(START_METHOD).Process(target=draw_one_frame)
+    probe.start()
+    probe.join(args.worker_timeout)
+    probe.kill()  # one that hangs in the driver ignores SIGTERM, and our exit would wait for it
+    check(
+        probe.exitcode == 0,
+        f"MUJOCO_GL={os.environ.get('MUJOCO_GL')}: cannot render here. {GL_REMEDY}",
+    )
     if args.tour:
         missed = tour(args.output, args.seed)
         print(f"video: {args.output}")
@@ -1350,7 +1376,12 @@ def main() -> None:
     device = args.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    check(
+        device == "cpu" or torch.cuda.device_count() > LOCAL_RANK,
+        f"--device {device}: {torch.cuda.device_count()} GPU(s) here; lower --nproc-per-node",
+    )
     if args.precision == "auto":  # settled here, so that a resumed run keeps it
+        # torch.cuda.is_bf16_supported would start CUDA before the fork
         has_bf16 = device == "cuda" or torch.cpu._is_avx512_bf16_supported()
         args.precision = "bf16" if has_bf16 else "fp32"
     try:  # with --reward env for its text embeddings alone
@@ -1360,22 +1391,16 @@ def main() -> None:
         )  # fmt: skip
     except ValueError as error:
         check(False, str(error))
-    probe = multiprocessing.get_context(START_METHOD).Process(target=draw_one_frame, daemon=True)
-    probe.start()
-    probe.join(args.worker_timeout)
-    check(
-        probe.exitcode == 0,
-        f"MUJOCO_GL={os.environ.get('MUJOCO_GL')}: cannot render here. {GL_REMEDY}",
-    )
-
     # The workers are forked before this process touches CUDA, and never touch it themselves.
     envs = make_envs(args, args.num_envs, args.frame_size)
     video_size = args.policy_size * math.ceil(VIDEO_SIZE / args.policy_size)
-    video_envs = make_envs(args, 1, video_size) if args.capture_video or args.evaluate else None
+    films = args.capture_video and RANK == 0 or args.evaluate is not None
+    video_envs = make_envs(args, 1, video_size) if films else None
     if device == "cuda":
         torch.cuda.set_device(LOCAL_RANK)
     if WORLD_SIZE > 1:
-        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        backend = "nccl" if device == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=2))  # they wait for evaluations
     clip.to(device)
     shared = clip.goal[: len(TRAIN_GOALS)].mean(0)  # by all prompts, and so of no use to tell them
     text = F.normalize(clip.goal - shared, dim=-1)  # [240, D]
@@ -1391,49 +1416,49 @@ def main() -> None:
     generator = torch.Generator(device).manual_seed(reset_seed(args.seed, NOISE, RANK))
 
     def score(frames: np.ndarray) -> torch.Tensor:
-        """CLIP's score of each frame [B, H, W, 3] for each goal: [B, 240]."""
-        rewards = clip(frames)
-        if args.reward == "contrastive":
-            rewards = family_scores(rewards, args.temperature)
-        return rewards
+        """CLIP's score of each frame [..., H, W, 3] for each goal: [..., 240]."""
+        rewards = clip(frames.reshape(-1, *frames.shape[-3:])).unflatten(0, frames.shape[:-3])
+        return family_scores(rewards, args.temperature) if args.reward == "contrastive" else rewards
 
-    def reached(frames: np.ndarray, goal: np.ndarray) -> np.ndarray:
-        """Where the reward of an episode's own goal [N] is 1: frames [T, N, H, W, 3] -> [T, N]."""
-        own = torch.from_numpy(goal).to(device)
-        scores = score(frames.reshape(-1, *frames.shape[2:])).view(*frames.shape[:2], -1)
-        own_score = scores.gather(2, own.expand(len(frames), -1)[..., None])[..., 0]
-        return (own_score > beta[own]).cpu().numpy()
+    def is_reached(scores: torch.Tensor, goal: torch.Tensor) -> np.ndarray:
+        """Where the reward of an episode's own goal [N] is 1: scores [T, N, 240] -> [T, N]."""
+        return (scores > beta)[:, torch.arange(len(goal)), goal].cpu().numpy()
 
     @torch.no_grad()
-    def act(stack, goal, generator: torch.Generator, epsilon: float) -> torch.Tensor:
+    def act(stack, previous, goal, generator: torch.Generator, epsilon: float) -> torch.Tensor:
         """Epsilon-greedy actions [N]."""
-        greedy = q_network(stack, text[goal]).argmax(-1)
+        greedy = q_network(stack, previous, text[goal]).argmax(-1)
         options = {"generator": generator, "device": device}
         uniform = torch.randint(len(ACTIONS), (len(goal),), **options)
         return torch.where(torch.rand(len(goal), **options) < epsilon, uniform, greedy)
 
     policy = partial(act, epsilon=args.eval_epsilon)
-    clip_reached = None if args.reward == "env" else reached
+    clip_reached = None
+    if args.reward != "env":
+        clip_reached = lambda frames, goal: is_reached(score(frames), goal)
 
     def final_report(run: Path) -> None:
         """The best and the last agent, beside a random one, in unseen homes."""
         report, key = defaultdict(dict), (args.seed, REPORT)
-        for name in ("random", "last", "best"):
-            if name == "last" and not (run / "last.pt").exists():
+        players = {
+            "random": ("best.pt", partial(act, epsilon=1.0)),
+            "last": ("last.pt", policy),
+            "best": ("best.pt", policy),
+        }
+        for name, (file, player) in players.items():
+            if not (run / file).exists():
                 continue  # killed between its first evaluation and its first checkpoint
-            state = load_checkpoint(
-                run, f"{name}.pt" if name != "random" else "best.pt", "--evaluate"
-            )
+            state = load_checkpoint(run, file, "--evaluate")
             q_network.load_state_dict(state["q_network"])
             beta.copy_(state["beta"])
-            player = partial(act, epsilon=1.0) if name == "random" else policy
             for split, goals in (("train", train_goals), ("heldout", heldout_goals)):
                 report[name][split], _ = evaluate(
                     envs, player, clip_reached, args.final_episodes, key, goals, args, device
                 )
                 numbers = ", ".join(f"{k} {v:.3f}" for k, v in report[name][split].items())
                 print(f"{name:>6}, {split:>7} goals: {numbers}")
-        (run / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+        if args.evaluate is None:  # a replay, perhaps of fewer episodes, leaves the run's report
+            (run / "report.json").write_text(json.dumps(report, indent=2) + "\n")
         if video_envs is not None:
             video = run / "videos" / "best.mp4"
             _, film = evaluate(video_envs, policy, None, 1, key, train_goals, args, device)
@@ -1459,19 +1484,14 @@ def main() -> None:
     episode = np.zeros(args.num_envs, np.int64)  # how often each environment was reset
     if args.resume is not None:
         state = load_checkpoint(run, "last.pt", "--resume")
-        ranks = state["ranks"]
-        check(
-            len(ranks) == WORLD_SIZE,
-            f"--resume {run}: has {len(ranks)} rank(s); torchrun --nproc-per-node={len(ranks)}",
-        )
         q_network.load_state_dict(state["q_network"])
         target.load_state_dict(state["target"])
         optimizer.load_state_dict(state["optimizer"])
         beta.copy_(state["beta"])
         if state["device"] == device:  # else the noise starts anew
-            generator.set_state(ranks[RANK]["generator"])
+            generator.set_state(state["ranks"][RANK]["generator"])
         step, updates, saved_block = state["step"], state["updates"], state["replay_blocks"]
-        best_success, episode[:] = state["best_success"], ranks[RANK]["episode"]
+        best_success, episode[:] = state["best_success"], state["ranks"][RANK]["episode"]
         replay.load(replay_folder, saved_block)
     elif args.reward != "env" and args.beta is None:
         scores, truth = random_play(
@@ -1536,10 +1556,15 @@ def main() -> None:
         seconds[stage] += time.time() - clock
         clock = time.time()
 
-    everyone = np.ones(args.num_envs, bool)
-    frame, goal = reset(everyone)
+    def updates_by(step: int) -> int:
+        return math.floor(step * args.updates_per_step)
+
+    frame, goal = reset(np.ones(args.num_envs, bool))
     small = shrink(frame, args.policy_size, device)  # [N, h, w, 3]
     stack = small.repeat(1, 1, 1, args.frame_stack)
+    previous = torch.full((args.num_envs,), STAY, device=device)  # the actions before
+    exploring, wander = previous < 0, previous  # whose actions are random now, and which
+    starts = ~exploring  # of an episode
     age = np.zeros(args.num_envs, np.int64)  # steps of the running episodes
     pending = []  # steps of the running block
     loss, episodes = None, defaultdict(list)  # since the last log
@@ -1554,28 +1579,32 @@ def main() -> None:
         explored = (step - args.learning_starts) / args.epsilon_steps
         epsilon = 1 - (1 - args.epsilon_end) * min(max(explored, 0), 1)
         own = torch.from_numpy(goal).to(device)
-        a = act(stack, own, generator, epsilon)  # [N]
+        options = {"generator": generator, "device": device}
+        redraw = starts | (torch.rand(args.num_envs, **options) < 1 / args.explore_steps)
+        explores = torch.rand(args.num_envs, **options) < epsilon
+        exploring = torch.where(redraw, explores, exploring)
+        uniform = torch.randint(len(ACTIONS), (args.num_envs,), **options)
+        wander = torch.where(redraw, uniform, wander)
+        a = torch.where(exploring, wander, act(stack, previous, own, generator, 0.0))  # [N]
         with worker_failures(envs, f"step {step}"):
             envs.step_async(a.cpu().numpy())
         lap("act")
 
         # ---- Update on one core, while the workers step and render on the others
         torch.set_num_threads(1)
-        due = math.floor((step + stride) * args.updates_per_step)
-        due -= math.floor(step * args.updates_per_step)
-        if step < args.learning_starts or not replay.head:
-            due = 0
+        ready = step >= args.learning_starts and replay.head > 0
+        due = updates_by(step + stride) - updates_by(step) if ready else 0
         for _ in range(due):
-            s_t, a_t, r_t, s_next, g = replay.sample(
-                args.batch_size, beta, args.relabel_fraction, generator
+            s_t, a_t, r_t, s_next, n, g = replay.sample(
+                args.batch_size, beta, args.relabel_fraction, args.n_step, generator
             )
             e = text[g]  # [B, D]
             with torch.no_grad():
-                q_next = target(s_next, e)  # [B, 9]
-                a_next = (q_network(s_next, e) if args.double_q else q_next).argmax(-1)
+                q_next = target(*s_next, e)  # [B, 9]
+                a_next = (q_network(*s_next, e) if args.double_q else q_next).argmax(-1)
                 v_next = q_next.gather(1, a_next[:, None])[:, 0].clamp(0, 1)  # as a return is
-                y = torch.where(r_t == 1, 1, args.gamma * v_next)
-            q = q_network(s_t, e).gather(1, a_t[:, None])[:, 0]
+                y = args.gamma ** (n - 1) * torch.where(r_t == 1, 1, args.gamma * v_next)
+            q = q_network(*s_t, e).gather(1, a_t[:, None])[:, 0]
             loss = F.huber_loss(q, y)
             optimizer.zero_grad()
             loss.backward()
@@ -1594,7 +1623,8 @@ def main() -> None:
         step += stride
         pending.append((small, a, frame, info))
         small = shrink(frame, args.policy_size, device)
-        stack = torch.cat([stack[..., 3:], small], -1)
+        stack, previous = torch.cat([stack[..., 3:], small], -1), a
+        starts = torch.zeros_like(starts)
         bar.update(stride)
         if len(pending) < args.score_every:
             continue
@@ -1605,7 +1635,7 @@ def main() -> None:
             scores = torch.from_numpy(np.stack([p[3]["reached"] for p in pending]))
             scores = scores.to(device).float()  # [K, N, 240]
         else:
-            scores = score(frames.reshape(-1, *frames.shape[2:])).view(*frames.shape[:2], -1)
+            scores = score(frames)
             stop_if_nan("the CLIP reward", [scores])
         replay.add(
             frame=torch.stack([p[0] for p in pending] + [small]),
@@ -1613,13 +1643,11 @@ def main() -> None:
             score=scores[..., : len(TRAIN_GOALS)],
             goal=own,
             age=torch.from_numpy(age).to(device),
-            episode=torch.from_numpy(episode).to(device),
         )
         success = np.stack([p[3]["success"] for p in pending])  # [K, N]
         pending.clear()
         age += args.score_every
-        own_score = scores.gather(2, own.expand(len(scores), -1)[..., None])[..., 0]
-        r = (own_score > beta[own]).cpu().numpy()  # [K, N]
+        r = is_reached(scores, own)  # [K, N]
         last = step >= args.total_timesteps
         # The first block at or past each multiple
         boundary = stride * args.score_every
@@ -1635,7 +1663,7 @@ def main() -> None:
         # ---- Evaluate, log, save, reset
         if evaluates or saves:
             stop_if_nan("the network", q_network.parameters())
-        if evaluates and RANK == 0:  # the others wait for it at their next average
+        if evaluates and RANK == 0:  # the others wait in the next average or gather
             key = args.seed, SELECTION
             summary, _ = evaluate(
                 envs, policy, clip_reached, args.eval_episodes, key, train_goals, args, device
@@ -1652,15 +1680,17 @@ def main() -> None:
                 save_checkpoint("best.pt", ranks=[])
             lap("evaluate")
         if saves or step // boundary % 50 == 0:
-            scalars = {name: np.mean(values) for name, values in episodes.items() if values}
             if loss is not None:
                 stop_if_nan("the loss", [loss])
-                scalars |= {"losses/td_loss": loss.item(), "losses/q_values": q.mean().item()}
-            scalars |= {f"time/{k}": value / (step - first_step) for k, value in seconds.items()}
-            scalars |= {"charts/epsilon": epsilon}
-            scalars["charts/SPS"] = (step - first_step) / (time.time() - started)
-            for name, value in scalars.items() if RANK == 0 else ():
-                writer.add_scalar(name, value, step)
+            if RANK == 0:
+                scalars = {name: np.mean(values) for name, values in episodes.items() if values}
+                if loss is not None:
+                    scalars |= {"losses/td_loss": loss.item(), "losses/q_values": q.mean().item()}
+                scalars |= {f"time/{k}": v / (step - first_step) for k, v in seconds.items()}
+                scalars |= {"charts/epsilon": epsilon}
+                scalars["charts/SPS"] = (step - first_step) / (time.time() - started)
+                for name, value in scalars.items():
+                    writer.add_scalar(name, value, step)
             episodes.clear()
         if saves:
             replay.save(replay_folder, saved_block)
@@ -1675,9 +1705,12 @@ def main() -> None:
             new = torch.from_numpy(ended).to(device)
             small[new] = shrink(new_frame, args.policy_size, device)[new]
             stack[new] = small[new].repeat(1, 1, 1, args.frame_stack)
+            previous[new], starts = STAY, new
             goal, age = np.where(ended, new_goal, goal), np.where(ended, 0, age)
             lap("env")
     bar.close()
+    if WORLD_SIZE > 1:
+        dist.destroy_process_group()
     if RANK == 0:
         writer.close()
         final_report(run)

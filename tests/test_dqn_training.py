@@ -71,7 +71,7 @@ STEPS, ENVS = 4, 3
 
 def fill(replay: Replay, blocks: int, seed: int = 0, first: int = 0):
     """Random episodes of whole blocks. Returns {first pixel: (episode key, step of it, env)} of
-    every frame and a list of the steps of each episode: (action, scores [G])."""
+    every frame, and for each episode its goal and its steps: (action, scores [G])."""
     rng = np.random.default_rng(seed)
     # Each frame is told by its pixels: a running number, in base 256.
     numbers, steps, counter = {}, {}, first * 1000
@@ -99,7 +99,6 @@ def fill(replay: Replay, blocks: int, seed: int = 0, first: int = 0):
         replay.add(
             frame=torch.stack(frames), action=torch.stack(actions), score=torch.stack(scores),
             goal=torch.from_numpy(goal.copy()), age=torch.from_numpy(age.copy()),
-            episode=torch.from_numpy(episode.copy()),
         )  # fmt: skip
         age += STEPS
         for n in np.flatnonzero(rng.random(ENVS) < 0.3):
@@ -113,32 +112,41 @@ def number(pixel: torch.Tensor) -> int:
 
 
 @pytest.mark.parametrize("blocks", [20, 200])
-@pytest.mark.parametrize("stack", [1, 3])
-def test_replay_returns_true_transitions_of_its_latest_blocks(blocks, stack):
+@pytest.mark.parametrize(("stack", "n_step"), [(1, 1), (3, 1), (1, 5), (3, 5)])
+def test_replay_returns_true_transitions_of_its_latest_blocks(blocks, stack, n_step):
     replay = Replay(50 * STEPS * ENVS, ENVS, STEPS, 8, stack, "cpu")
     numbers, steps = fill(replay, blocks)
     beta = torch.full((ALL,), 0.995)
     generator = torch.Generator().manual_seed(0)
-    s, a, r, s_next, goal = replay.sample(4000, beta, 0.5, generator)
-    assert s.shape == (4000, 8, 8, 3 * stack) and s.dtype == torch.uint8
-    own, reached_later, seen = 0, 0, set()
+    s, a, r, s_next, n, goal = replay.sample(4000, beta, 0.5, n_step, generator)
+    assert s[0].shape == (4000, 8, 8, 3 * stack) and s[0].dtype == torch.uint8
+    own, reached_later, lengths, seen = 0, 0, set(), set()
     for i in range(4000):
-        key, at = numbers[number(s[i, 0, 0, -3:])]
+        key, at = numbers[number(s[0][i, 0, 0, -3:])]
         own_goal, episode = steps[key]
-        action, score = episode[at]
         seen.add((key, at))
+        reached = [bool(score[goal[i]] > 0.995) for _, score in episode]
+        length = min(n_step, len(episode) - at)
+        if any(reached[at : at + length]):
+            length = reached.index(True, at) + 1 - at
+        lengths.add(length)
+        assert n[i] == length
+        assert r[i] == float(reached[at + length - 1])
+        assert a[i] == episode[at][0]
+        assert s[1][i] == (episode[at - 1][0] if at else ACTIONS.index("stay"))
+        assert s_next[1][i] == episode[at + length - 1][0]
         for back in range(stack):  # the oldest frame comes first, and none from before the start
             pixels = slice(3 * (stack - 1 - back), 3 * (stack - back))
-            assert numbers[number(s[i, 0, 0, pixels])] == (key, max(at - back, 0))
-            assert numbers[number(s_next[i, 0, 0, pixels])] == (key, max(at + 1 - back, 0))
-        assert a[i] == action
-        assert r[i] == float(score[goal[i]] > 0.995)
+            assert numbers[number(s[0][i, 0, 0, pixels])] == (key, max(at - back, 0))
+            later = max(at + length - back, 0)
+            assert numbers[number(s_next[0][i, 0, 0, pixels])] == (key, later)
         if goal[i] == own_goal:
             own += 1
         else:  # hindsight: it is reached now or later in this episode
-            assert any(score[goal[i]] > 0.995 for _, score in episode[at:])
-            assert at == 0 or episode[at - 1][1][goal[i]] <= 0.995  # nor did it hold already
+            assert any(reached[at:])
+            assert not reached[max(at - 1, 0)]  # and did not hold already
             reached_later += 1
+    assert lengths == set(range(1, n_step + 1))
     assert 0.4 < own / 4000 < 0.6 and own + reached_later == 4000
     everything = [(key, at) for key, (_, episode) in steps.items() for at in range(len(episode))]
     if blocks < 50:
@@ -150,11 +158,10 @@ def test_replay_returns_true_transitions_of_its_latest_blocks(blocks, stack):
 def test_no_relabelling_leaves_every_goal_its_own():
     replay = Replay(50 * STEPS * ENVS, ENVS, STEPS, 8, 1, "cpu")
     numbers, steps = fill(replay, 20)
-    s, _, _, _, goal = replay.sample(
-        500, torch.full((ALL,), 0.5), 0.0, torch.Generator().manual_seed(0)
-    )
+    beta, generator = torch.full((ALL,), 0.5), torch.Generator().manual_seed(0)
+    s, *_, goal = replay.sample(500, beta, 0.0, 3, generator)
     for i in range(500):
-        assert goal[i] == steps[numbers[number(s[i, 0, 0])][0]][0]
+        assert goal[i] == steps[numbers[number(s[0][i, 0, 0])][0]][0]
 
 
 def test_replay_comes_back_from_its_files(tmp_path):
@@ -163,7 +170,8 @@ def test_replay_comes_back_from_its_files(tmp_path):
 
     def draw(replay):
         generator = torch.Generator().manual_seed(0)
-        return replay.sample(500, torch.full((ALL,), 0.995), 0.5, generator)
+        s, a, r, s_next, n, goal = replay.sample(500, torch.full((ALL,), 0.995), 0.5, 3, generator)
+        return *s, a, r, *s_next, n, goal
 
     replay, saved = empty(), 0
     for part in range(5):
@@ -185,18 +193,21 @@ def test_shrink_is_the_mean_of_squares():
     np.testing.assert_array_equal(shrink(frames, 4, "cpu").numpy(), expected)
 
 
-def test_the_network_depends_on_goal_and_every_frame():
+def test_the_network_depends_on_goal_action_before_and_every_frame():
     torch.manual_seed(0)
     network = QNetwork(2, 16, 8)
-    frames = torch.randint(256, (3, 16, 16, 6), dtype=torch.uint8)
+    for film in network.film:  # which starts at 0
+        torch.nn.init.normal_(film.weight)
+    frames, previous = torch.randint(256, (3, 16, 16, 6), dtype=torch.uint8), torch.arange(3)
     goal = torch.nn.functional.normalize(torch.randn(3, 8), dim=-1)
-    q = network(frames, goal)
+    q = network(frames, previous, goal)
     assert q.shape == (3, len(ACTIONS))
-    assert not torch.allclose(q, network(frames, goal.flip(0)))
+    assert not torch.allclose(q, network(frames, previous, goal.flip(0)))
+    assert (q != network(frames, previous + 1, goal)).any(1).all()
     for channel in range(6):
         other = frames.clone()
         other[..., channel] = 255 - other[..., channel]
-        assert (q != network(other, goal)).any(1).all()
+        assert (q != network(other, previous, goal)).any(1).all()
 
 
 # ---- Whole runs ---------------------------------------------------------------------------------
@@ -282,10 +293,15 @@ def test_the_other_reward_calibration_and_stack_train_as_well(tmp_path, random_c
 
 def test_an_agent_can_be_replayed(finished):
     run, _ = finished
-    before = json.loads((run / "report.json").read_text())
+    before = (run / "report.json").read_text()
     result = train(SCRIPT, run.parents[1], "--evaluate", run, "--final-episodes", "4")
     assert result.returncode == 0, result.stderr
-    assert json.loads((run / "report.json").read_text()) == before  # same seeds, same episodes
+    for name, splits in json.loads(before).items():  # same seeds, same episodes
+        for row in splits.values():
+            assert ", ".join(f"{k} {v:.3f}" for k, v in row.items()) in result.stdout, name
+    result = train(SCRIPT, run.parents[1], "--evaluate", run, "--final-episodes", "2")
+    assert result.returncode == 0, result.stderr
+    assert (run / "report.json").read_text() == before
 
 
 def test_goals_are_told_apart_and_learned(tmp_path, monkeypatch, random_clip):
@@ -319,7 +335,8 @@ def test_goals_are_told_apart_and_learned(tmp_path, monkeypatch, random_clip):
     env, right = PlayhouseEnv("rgb_array", width=48, height=48), 0
     for seed in range(20):
         frame, _ = env.reset(seed=10_000 + seed)
-        q = network(shrink(frame[None], 48, "cpu").repeat(2, 1, 1, 1), text)
+        stay = torch.full((2,), ACTIONS.index("stay"))
+        q = network(shrink(frame[None], 48, "cpu").repeat(2, 1, 1, 1), stay, text)
         right += (q.argmax(-1) == torch.tensor([ACTIONS.index("up"), ACTIONS.index("down")])).sum()
     env.close()
     assert right >= 36  # of 40
