@@ -170,69 +170,47 @@ def flag(name: str) -> str:
 
 
 def check_args(args: Args) -> None:
+    def require(name: str, condition: bool, remedy: str) -> None:
+        check(condition, f"--{flag(name)} {getattr(args, name)}: {remedy}")
+
     for name in ("total_timesteps", "num_envs", "eval_every", "eval_episodes", "final_episodes",
                  "checkpoint_every", "frame_size", "score_every", "buffer_size", "batch_size",
                  "updates_per_step", "learning_rate", "temperature", "target_every",
                  "epsilon_steps", "n_step", "calibration_episodes", "frame_stack", "policy_size",
                  "worker_timeout"):  # fmt: skip
-        value = getattr(args, name)
-        check(0 < value < math.inf, f"--{flag(name)} {value}: must be finite and greater than 0")
+        require(name, 0 < getattr(args, name) < math.inf, "must be finite and greater than 0")
     for name in ("alpha", "false_positive_rate", "epsilon_end", "eval_epsilon", "relabel_fraction"):
-        value = getattr(args, name)
-        check(0 <= value <= 1, f"--{flag(name)} {value}: must lie between 0 and 1")
-    check(0 <= args.seed < 2**63, f"--seed {args.seed}: must be at least 0 and less than 2**63")
-    check(0 <= args.gamma < 1, f"--gamma {args.gamma}: must be at least 0 and less than 1")
-    check(args.explore_steps >= 1, f"--explore-steps {args.explore_steps}: must be at least 1")
-    check(args.baseline.strip() != "", f"--baseline {args.baseline!r}: write a sentence")
-    check(args.beta is None or math.isfinite(args.beta), f"--beta {args.beta}: must be finite")
-    check(
-        not args.calibrate_with_labels or (args.beta is None and args.reward != "env"),
-        "--calibrate-with-labels: there is nothing to calibrate with --beta or --reward env",
-    )
-    check(
-        MAX_STEPS % args.score_every == 0,
-        f"--score-every {args.score_every}: must divide the {MAX_STEPS} steps of an episode",
-    )
-    check(
-        args.policy_size % 8 == 0 and args.frame_size % args.policy_size == 0,
-        f"--policy-size {args.policy_size}: must be a multiple of 8 that divides --frame-size "
-        f"{args.frame_size}",
-    )
-    check(
-        args.frame_stack <= args.score_every,
-        f"--frame-stack {args.frame_stack}: must be at most --score-every {args.score_every}",
-    )
-    check(
-        args.num_envs * 2 * MAX_STEPS <= args.buffer_size,
-        f"--buffer-size {args.buffer_size}: holds fewer than two episodes of {args.num_envs} "
-        f"environments; raise it to {args.num_envs * 2 * MAX_STEPS}",
-    )
+        require(name, 0 <= getattr(args, name) <= 1, "must lie between 0 and 1")
+    require("seed", 0 <= args.seed < 2**63, "must be at least 0 and less than 2**63")
+    require("gamma", 0 <= args.gamma < 1, "must be at least 0 and less than 1")
+    require("explore_steps", args.explore_steps >= 1, "must be at least 1")
+    require("baseline", args.baseline.strip() != "", "write a sentence")
+    require("beta", args.beta is None or math.isfinite(args.beta), "must be finite")
+    calibrated = args.beta is None and args.reward != "env"
+    labels = calibrated or not args.calibrate_with_labels
+    require("calibrate_with_labels", labels, "not together with --beta or --reward env")
+    divides = MAX_STEPS % args.score_every == 0
+    require("score_every", divides, f"must divide the {MAX_STEPS} steps of an episode")
+    divides = args.policy_size % 8 == 0 and args.frame_size % args.policy_size == 0
+    remedy = f"must be a multiple of 8 that divides --frame-size {args.frame_size}"
+    require("policy_size", divides, remedy)
+    remedy = f"must be at most --score-every {args.score_every}"
+    require("frame_stack", args.frame_stack <= args.score_every, remedy)
+    least = MAX_STEPS * args.num_envs
+    remedy = f"holds fewer than two episodes of each environment; raise it to {2 * least}"
+    require("buffer_size", args.buffer_size >= 2 * least, remedy)
+    least *= WORLD_SIZE
     for name in ("eval_every", "checkpoint_every"):
-        value, least = getattr(args, name), MAX_STEPS * args.num_envs * WORLD_SIZE
-        check(
-            value >= least,
-            f"--{flag(name)} {value}: cuts every episode of {MAX_STEPS} steps short; raise it to "
-            f"{least}",
-        )
-    check(
-        not args.track or importlib.util.find_spec("wandb") is not None,
-        "--track: wandb is not installed; pip install wandb",
-    )
-    check(
-        args.evaluate is None or WORLD_SIZE == 1,
-        f"--evaluate {args.evaluate}: takes one process; start it without torchrun",
-    )
-    check(
-        args.device != "cuda" or torch.cuda.is_available(),
-        "--device cuda: torch finds no CUDA device; use --device cpu or install a CUDA build",
-    )
-    check(
-        not args.tour or args.output.suffix == ".mp4", f"--output {args.output}: must end in .mp4"
-    )
-    check(
-        not args.tour or args.output.parent.is_dir(),
-        f"--output {args.output}: its folder does not exist; make it",
-    )
+        remedy = f"cuts every episode of {MAX_STEPS} steps short; raise it to {least}"
+        require(name, getattr(args, name) >= least, remedy)
+    wandb = importlib.util.find_spec("wandb")
+    require("track", not args.track or wandb is not None, "pip install wandb")
+    alone = WORLD_SIZE == 1
+    require("evaluate", alone or args.evaluate is None, "start it without torchrun")
+    cuda = args.device != "cuda" or torch.cuda.is_available()
+    require("device", cuda, "torch finds none; take --device cpu, or install a CUDA build")
+    require("output", not args.tour or args.output.suffix == ".mp4", "must end in .mp4")
+    require("output", not args.tour or args.output.parent.is_dir(), "make its folder first")
 
 
 class Goal(NamedTuple):

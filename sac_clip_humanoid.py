@@ -168,47 +168,37 @@ def flag(name: str) -> str:
 
 
 def check_args(args: Args) -> None:
+    def require(name: str, condition: bool, remedy: str) -> None:
+        check(condition, f"--{flag(name)} {getattr(args, name)}: {remedy}")
+
     for name in ("total_timesteps", "num_envs", "eval_every", "eval_episodes", "final_episodes",
                  "checkpoint_every", "frame_size", "score_every", "buffer_size", "batch_size",
                  "updates_per_step", "learning_rate", "tau", "reward_scale", "hidden",
                  "initial_ent_coef", "worker_timeout"):  # fmt: skip
-        value = getattr(args, name)
-        check(0 < value < math.inf, f"--{flag(name)} {value}: must be finite and greater than 0")
-    check(0 <= args.seed < 2**63, f"--seed {args.seed}: must be at least 0 and less than 2**63")
-    check(
-        args.ent_coef is None or 0 < args.ent_coef < math.inf,
-        f"--ent-coef {args.ent_coef}: must be greater than 0; leave it out to learn it",
+        require(name, 0 < getattr(args, name) < math.inf, "must be finite and greater than 0")
+    require("seed", 0 <= args.seed < 2**63, "must be at least 0 and less than 2**63")
+    learned = args.ent_coef is None
+    require(
+        "ent_coef", learned or 0 < args.ent_coef < math.inf, "must be finite and greater than 0"
     )
-    check(0 <= args.alpha <= 1, f"--alpha {args.alpha}: must lie between 0 and 1")
-    check(0 <= args.gamma < 1, f"--gamma {args.gamma}: must be at least 0 and less than 1")
-    check(args.tau <= 1, f"--tau {args.tau}: must be at most 1")
-    check(args.task in TASKS, f"--task {args.task}: choose one of {', '.join(TASKS)}")
-    for name, sentence in (("goal", args.goal), ("baseline", args.baseline)):
-        check(
-            sentence is None or sentence.strip() != "", f"--{name} {sentence!r}: write a sentence"
-        )
-    check(
-        args.num_envs <= args.buffer_size,
-        f"--buffer-size {args.buffer_size}: less than --num-envs {args.num_envs}; raise it",
-    )
+    require("alpha", 0 <= args.alpha <= 1, "must lie between 0 and 1")
+    require("gamma", 0 <= args.gamma < 1, "must be at least 0 and less than 1")
+    require("tau", args.tau <= 1, "must be at most 1")
+    require("task", args.task in TASKS, f"choose one of {', '.join(TASKS)}")
+    for name in ("goal", "baseline"):
+        sentence = getattr(args, name)
+        require(name, sentence is None or sentence.strip() != "", "write a sentence")
+    require("buffer_size", args.num_envs <= args.buffer_size, f"raise it to {args.num_envs}")
+    least = 100 * args.num_envs * WORLD_SIZE
     for name in ("eval_every", "checkpoint_every"):
-        value, least = getattr(args, name), 100 * args.num_envs * WORLD_SIZE
-        check(
-            value >= least,
-            f"--{flag(name)} {value}: cuts every episode of 100 steps short; raise it to {least}",
-        )
-    check(
-        not args.track or importlib.util.find_spec("wandb") is not None,
-        "--track: wandb is not installed; pip install wandb",
-    )
-    check(
-        args.evaluate is None or WORLD_SIZE == 1,
-        f"--evaluate {args.evaluate}: takes one process; start it without torchrun",
-    )
-    check(
-        args.device != "cuda" or torch.cuda.is_available(),
-        "--device cuda: torch finds no CUDA device; use --device cpu or install a CUDA build",
-    )
+        remedy = f"cuts every episode of 100 steps short; raise it to {least}"
+        require(name, getattr(args, name) >= least, remedy)
+    wandb = importlib.util.find_spec("wandb")
+    require("track", not args.track or wandb is not None, "pip install wandb")
+    alone = WORLD_SIZE == 1
+    require("evaluate", alone or args.evaluate is None, "start it without torchrun")
+    cuda = args.device != "cuda" or torch.cuda.is_available()
+    require("device", cuda, "torch finds none; take --device cpu, or install a CUDA build")
 
 
 class Pose(NamedTuple):
