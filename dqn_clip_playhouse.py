@@ -1167,10 +1167,12 @@ def rank_failures():
 def average(*tensors: torch.Tensor) -> None:
     """Over all ranks, in place."""
     if WORLD_SIZE > 1:
-        flat = nn.utils.parameters_to_vector(tensors)
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
         with rank_failures():
             dist.all_reduce(flat)
-        nn.utils.vector_to_parameters(flat / WORLD_SIZE, tensors)
+        parts = (flat / WORLD_SIZE).split([tensor.numel() for tensor in tensors])
+        for tensor, part in zip(tensors, parts, strict=True):
+            tensor.copy_(part.view(tensor.shape))
 
 
 def gather(value) -> list:

@@ -388,4 +388,4 @@ def test_a_resumed_run_keeps_its_arguments(finished):
     run, _ = finished
     result = train(SCRIPT, run.parents[1], "--resume", run, "--gamma", "0.9")
     assert result.returncode == 2 and result.stderr.count("\n") == 1
-    assert re.search(r"--gamma 0.9: .* was started with 0.97", result.stderr)
+    assert re.search(r"--gamma 0.9: .* was started with 0.98", result.stderr)

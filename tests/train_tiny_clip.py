@@ -1,7 +1,7 @@
 """Train the bundled tiny CLIP from scratch, on renders of our worlds and captions of their states.
 
     python tests/train_tiny_clip.py                        # under an hour on 2 CPU cores
-    python tests/train_tiny_clip.py --width 96 --layers 4  # a smaller one, for the scaling trend
+    python tests/train_tiny_clip.py --width 8              # a smaller one, for the scaling trend
 
 States come from scripted poses with noise, from stiff settling on the floor, from physics after
 that, and from random falls. An agent visits what nobody scripted: whatever the CLIP overrates. So,
@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 # First: it puts torch before the first GL context.
@@ -48,13 +48,14 @@ class Args:
     output: Path = HERE / "tiny_clip"
     """folder to write, in open_clip's own format"""
     start: Path | None = None
-    """folder of a CLIP to train further, instead of a new one: of this size, but for the pixels"""
+    """folder of a CLIP to train further, instead of a new one; whatever differs in size from it, as
+    another kind of image tower does, starts anew"""
     minutes: float = 42.0
     """length of the training itself, after the rendering; the learning rate decays to its end"""
     states: int = 90_000
     """rendered states of the humanoid"""
     homes: int = 0
-    """rendered states of the playhouse, trained on in two of three steps; 0 leaves it out"""
+    """rendered states of the playhouse, two thirds of each batch; 0 leaves them out"""
     agents: tuple[Path, ...] = ()
     """runs of sac_clip_humanoid.py: what their agents reach is trained on too"""
     searches: int = 7
@@ -65,14 +66,16 @@ class Args:
     """captions per step, half of them true of an image of the batch"""
     learning_rate: float = 1e-3
     """peak of the cosine schedule"""
-    width: int = 192
-    """of the image tower"""
-    layers: int = 6
-    """of the image tower"""
+    tower: Literal["resnet", "vit"] = "resnet"
+    """for images: a toy is smaller than a patch that a vision transformer could afford"""
+    width: int = 16
+    """of the image tower: channels after a resnet's stem (it ends with 32 times as many)"""
+    layers: tuple[int, ...] = (1, 2, 2, 1)
+    """of the image tower: blocks in each of a resnet's four stages, or of a vision transformer"""
     resolution: int = 144
     """of the frames in pixels"""
     patch: int = 24
-    """in pixels; the number of patches sets the speed"""
+    """in pixels, of a vision transformer"""
     textured: bool = True
     """the look of the humanoid in the frames"""
     camera: str = "fixed"
@@ -723,9 +726,8 @@ def main(args: Args) -> None:
         "embed_dim": 128,
         "vision_cfg": {
             "image_size": args.resolution,
-            "patch_size": args.patch,
             "width": args.width,
-            "layers": args.layers,
+            "layers": args.layers if args.tower == "resnet" else args.layers[0],
             "head_width": 64,
         },
         "text_cfg": {
@@ -736,25 +738,30 @@ def main(args: Args) -> None:
             "layers": 2,
         },
     }
+    if args.tower == "vit":
+        config["vision_cfg"]["patch_size"] = args.patch
     model = open_clip.CLIP(**config)
     tokenizer = open_clip.SimpleTokenizer(context_length=32)
     with torch.no_grad():
         model.logit_scale.fill_(math.log(10))
     if args.start is not None:
-        weights = load_file(args.start / "open_clip_model.safetensors")
-        weights = {name: w.float() for name, w in weights.items()}
-        patches = weights["visual.conv1.weight"]  # [W, 3, p, p]: on a larger frame, larger ones
-        resized = F.interpolate(patches, (args.patch, args.patch), mode="bilinear")
-        weights["visual.conv1.weight"] = resized * (patches.shape[-1] / args.patch) ** 2
-        model.load_state_dict(weights)
+        known = load_file(args.start / "open_clip_model.safetensors")
+        weights = model.state_dict()
+        fits = {k: w for k, w in known.items() if k in weights and w.shape == weights[k].shape}
+        model.load_state_dict(weights | fits)
+        print(f"{len(fits)} of {len(weights)} parts of it are those of {args.start}")
     bias = torch.nn.Parameter(torch.tensor(-4.0))
-    heads = [torch.nn.Linear(args.width, len(center))]
-    if args.homes:
-        heads.append(torch.nn.Linear(args.width, len(share_center)))
-    pooled = {}
-    model.visual.ln_post.register_forward_hook(
-        lambda module, inputs, output: pooled.update(x=output[:, 0] if output.ndim == 3 else output)
+    features = {}  # of the image tower, before the embedding
+    last = model.visual.ln_post if args.tower == "vit" else model.visual.layer4
+    last.register_forward_hook(
+        lambda module, inputs, output: features.update(
+            x=output[:, 0] if args.tower == "vit" else output.flatten(1)
+        )
     )
+    with torch.no_grad():
+        model.encode_image(torch.zeros(2, 3, args.resolution, args.resolution))
+    targets = [len(center), len(share_center)] if args.homes else [len(center)]
+    heads = [torch.nn.Linear(features["x"].shape[1], n) for n in targets]
     optimizer = torch.optim.AdamW(
         [*model.parameters(), *(p for head in heads for p in head.parameters()), bias],
         lr=args.learning_rate,
@@ -775,42 +782,59 @@ def main(args: Args) -> None:
 
     @torch.no_grad()
     def score(images: np.ndarray, texts: list[str]) -> np.ndarray:
+        model.eval()
         with torch.autocast("cpu", torch.bfloat16, enabled=fast_bf16):
             text = F.normalize(model.encode_text(tokenizer(texts)).float(), dim=-1)
             parts = [
                 F.normalize(model.encode_image(prepare(images[i : i + 256])).float(), dim=-1)
                 for i in range(0, len(images), 256)
             ]
+        model.train()
         return (torch.cat(parts) @ text.T).numpy()
 
-    # A batch of either world: images [B, 3, H, W], what the head regresses, captions, and how true
-    # each caption is of each image [B, C].
+    # A world's part of a batch: images [B, 3, H, W], what the head regresses, captions, and how
+    # true each caption is of each image [B, C].
 
-    def humanoid_batch():
-        index = rng.integers(len(states.frames), size=args.batch_size)
+    def humanoid_part(size: int, count: int):
+        index = rng.integers(len(states.frames), size=size)
         if len(states.frames) > scripted:  # a quarter: what agents reached, or CLIP overrated
             index[1::4] = rng.integers(scripted, len(states.frames), size=len(index[1::4]))
-        for i in range(0, args.batch_size, 2):  # half of it: a balanced choice of meanings
+        for i in range(0, size, 2):  # half of it: a balanced choice of meanings
             index[i] = rng.choice(true_of[rng.integers(len(true_of))])
         image = prepare(states.frames[index])
         mirrored = int(rng.integers(2))  # the body is symmetric, and no caption says left or right
         image = image.flip(-1) if mirrored else image
         target = (states.points[index, mirrored] - center) / spread
         truth = states.truths[index]  # [B, A]
-        meanings = sample_meanings(truth, args.captions, rng)
+        meanings = sample_meanings(truth, count, rng)
         captions = [caption(meaning, rng) for meaning in meanings]
         columns = [[ATTRIBUTES.index(a) for a in meaning] for meaning in meanings]
         match = np.stack([truth[:, c].min(1, initial=1) for c in columns], 1)
         return image, target, captions, match
 
-    def home_batch():
-        index = rng.integers(len(home_frames), size=args.batch_size)
+    def home_part(size: int, count: int):
+        index = rng.integers(len(home_frames), size=size)
         index[::2] = rng.choice(told, len(index[::2]))
-        meanings = home_states.sample_meanings(home_truths[index], args.captions, rng)
+        meanings = home_states.sample_meanings(home_truths[index], count, rng)
         captions = [home_states.caption(meaning, rng) for meaning in meanings]
         match = np.stack([home_states.truth_of(m, home_truths[index]) for m in meanings], 1)
         target = (shares[index] - share_center) / share_spread
         return prepare(home_frames[index]), target, captions, match
+
+    def loss_of(cosine: torch.Tensor, match: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """From [B, C]: the sigmoid loss, the correlation with the truth, how many are right."""
+        logits = model.logit_scale.exp() * cosine + bias
+        # Each caption weighs its matches as much as its mismatches, however rare they are.
+        miss = 1 - match
+        positive, negative = match / match.sum(0).clamp(min=4), miss / miss.sum(0).clamp(min=4)
+        loss = -(positive * F.logsigmoid(logits) + negative * F.logsigmoid(-logits)).sum(0).mean()
+        # An agent climbs the cosine, so that should follow the truth in proportion: EPIC's 1 - rho.
+        both = (match.sum(0) > 1) & (miss.sum(0) > 1)
+        weight = (match / match.sum(0) + miss / miss.sum(0))[:, both] / 2
+        x, y = (v[:, both] - (weight * v[:, both]).sum(0) for v in (cosine, match))
+        rho = (weight * x * y).sum(0) * ((weight * x**2).sum(0) * (weight * y**2).sum(0)).rsqrt()
+        right = ((logits > 0) == (match > 0.5))[(match < 0.2) | (match > 0.8)].float().mean()
+        return loss, rho.mean(), right
 
     mean, std = torch.tensor([OPENAI_DATASET_MEAN, OPENAI_DATASET_STD]).view(2, 1, 3, 1, 1)
     true_of, start, step, searches = true_states(), time.time(), 0, 0
@@ -826,41 +850,37 @@ def main(args: Args) -> None:
             found = overrated_states(score, pool, States(*(v[known] for v in states)), rng)
             states = States(*map(np.concatenate, zip(states, found, strict=True)))
             true_of, searches = true_states(), searches + 1
-        world = min(step % 3, len(heads) - 1)
-        image, target, captions, match = (humanoid_batch, home_batch)[world]()
-        target, match = torch.from_numpy(target).float(), torch.from_numpy(match)
+        # One batch of both, so that a resnet's batch statistics are those it will be used with.
+        third, count = args.batch_size // 3, args.captions // len(heads)
+        parts = [humanoid_part(third if args.homes else args.batch_size, count)]
+        if args.homes:
+            parts.append(home_part(args.batch_size - third, count))
+        sizes = [len(part[0]) for part in parts]
+        captions = [text for part in parts for text in part[2]]
         words.update(re.findall(r"[a-z]+", " ".join(captions).lower()))
         # The flash kernel's backward pass is 4 times slower on a CPU at this few tokens.
         with torch.autocast("cpu", torch.bfloat16, enabled=fast_bf16), sdpa_kernel(SDPBackend.MATH):
-            image_features = F.normalize(model.encode_image(image).float(), dim=-1)
-            text_features = F.normalize(model.encode_text(tokenizer(captions)).float(), dim=-1)
-        cosine = image_features @ text_features.T  # [B, C]
-        logits = model.logit_scale.exp() * cosine + bias
-        # Each caption weighs its matches as much as its mismatches, however rare they are.
-        miss = 1 - match
-        positive, negative = match / match.sum(0).clamp(min=4), miss / miss.sum(0).clamp(min=4)
-        loss = -(positive * F.logsigmoid(logits) + negative * F.logsigmoid(-logits)).sum(0).mean()
-        # An agent climbs the cosine, so that should follow the truth in proportion: EPIC's 1 - rho.
-        both = (match.sum(0) > 1) & (miss.sum(0) > 1)
-        weight = (match / match.sum(0) + miss / miss.sum(0))[:, both] / 2
-        x, y = (v[:, both] - (weight * v[:, both]).sum(0) for v in (cosine, match))
-        rho = (weight * x * y).sum(0) * ((weight * x**2).sum(0) * (weight * y**2).sum(0)).rsqrt()
-        fit = F.mse_loss(heads[world](pooled["x"].float()), target)
-        total = loss + (1 - rho).mean() + 0.5 * fit
+            image_features = model.encode_image(torch.cat([part[0] for part in parts])).float()
+            text_features = model.encode_text(tokenizer(captions)).float()
+        image_features = F.normalize(image_features, dim=-1).split(sizes)
+        text_features = F.normalize(text_features, dim=-1).split(count)
+        below = features["x"].float().split(sizes)
+        total, log = 0, []
+        for i, (_, target, _, match) in enumerate(parts):
+            cosine = image_features[i] @ text_features[i].T  # [B, C]
+            loss, rho, right = loss_of(cosine, torch.from_numpy(match))
+            fit = F.mse_loss(heads[i](below[i]), torch.from_numpy(target).float())
+            total = total + (loss + 1 - rho + 0.5 * fit) / len(parts)
+            log.append(f"loss {loss:.3f}, right {right:.3f}, rho {rho:.3f}, head {fit:.3f}")
         optimizer.zero_grad()
         total.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         step += 1
-        if step % 99 < len(heads):  # one of either world
-            right = ((logits > 0) == (match > 0.5))[(match < 0.2) | (match > 0.8)].float().mean()
-            name = ("humanoid", "home")[world]
-            print(
-                f"step {step}, {progress:.0%}, {name}: loss {loss.item():.3f}, right {right:.3f}, "
-                f"rho {rho.mean():.3f}, head {fit.item():.3f}, "
-                f"scale {model.logit_scale.exp():.1f}, bias {bias.item():.1f}",
-                flush=True,
-            )
+        if step % 100 == 0:
+            scale = model.logit_scale.exp()
+            print(f"step {step}, {progress:.0%}, scale {scale:.1f}, bias {bias.item():.1f}")
+            print(*(f"  {part}" for part in log), sep="\n", flush=True)
         if step % 1000 == 0:
             save(args.output, model, config, words)
     save(args.output, model, config, words)
@@ -870,7 +890,10 @@ def main(args: Args) -> None:
 def save(folder: Path, model: torch.nn.Module, config: dict, words: set[str]) -> None:
     """Half-precision weights in open_clip's folder format, and the words the captions used."""
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {k: v.half().contiguous() for k, v in model.state_dict().items()}
+    weights = {
+        k: v.half().contiguous() if v.is_floating_point() else v
+        for k, v in model.state_dict().items()
+    }
     save_file(weights, folder / "open_clip_model.safetensors", metadata={"format": "pt"})
     preprocess = {
         "mean": OPENAI_DATASET_MEAN,
