@@ -5,7 +5,7 @@ r"""Train a MuJoCo humanoid to take a pose described by one sentence: SAC on a C
     python sac_clip_humanoid.py --clip-model ViT-bigG-14/laion2b_s39b_b160k --frame-size 224 \
         --total-timesteps 10_000_000 --eval-every 250_000 --checkpoint-every 250_000 \
         --learning-starts 50_000 --batch-size 512 --updates-per-step 0.03 \
-        --full-observation --no-anneal-lr --no-layer-norm                # at the paper's sizes
+        --full-observation --no-anneal-lr                                # at the paper's sizes
     torchrun --standalone --nproc-per-node=4 sac_clip_humanoid.py        # on several GPUs
 
 CLIP looks at each frame and says how far it lies on the way from the baseline prompt ("a humanoid
@@ -153,7 +153,7 @@ class Args:
     """where learning it starts; the usual 1 pays for entropy alone in the first tenth of the run"""
     reward_scale: float = 10.0  # factor on the reward before it is learned from
     hidden: int = 256  # units in each of the two hidden layers
-    layer_norm: bool = True  # in the critics, against overestimated values
+    layer_norm: bool = False  # in the critics, against overestimated values
 
 
 def check(condition: bool, message: str, exit_code: int = 2) -> None:

@@ -64,7 +64,7 @@ EXPERIMENTS = {
     "running": Experiment(
         "SAC alone, on gymnasium's running reward",
         f"{SAC} --reward env --reward-scale 1 --updates-per-step 0.25 --total-timesteps 150000 "
-        "--full-observation --no-anneal-lr --no-layer-norm --initial-ent-coef 1",
+        "--full-observation --no-anneal-lr --initial-ent-coef 1",
         1.0,
         2,
     ),
