@@ -65,9 +65,8 @@ except Exception as error:  # mujoco raises whatever its GL loader raised
     raise SystemExit(2) from None
 
 HERE = Path(__file__).resolve().parent
-START_METHOD = (
-    "fork" if sys.platform == "linux" else "spawn"
-)  # spawn imports torch anew in each worker
+# spawn imports torch anew in each worker; elsewhere than on Linux fork is not safe
+START_METHOD = "fork" if sys.platform == "linux" else "spawn"
 # Set by torchrun; a script that was started alone is rank 0 of 1.
 RANK, LOCAL_RANK = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
@@ -184,7 +183,8 @@ def check_args(args: Args) -> None:
     require("seed", 0 <= args.seed < 2**63, "must be at least 0 and less than 2**63")
     require("gamma", 0 <= args.gamma < 1, "must be at least 0 and less than 1")
     require("explore_steps", args.explore_steps >= 1, "must be at least 1")
-    require("baseline", args.baseline.strip() != "", "write a sentence")
+    require("learning_starts", args.learning_starts >= 0, "must be at least 0")
+    check(args.baseline.strip(), f"--baseline {args.baseline!r}: write a sentence")
     require("beta", args.beta is None or math.isfinite(args.beta), "must be finite")
     calibrated = args.beta is None and args.reward != "env"
     labels = calibrated or not args.calibrate_with_labels
@@ -196,6 +196,8 @@ def check_args(args: Args) -> None:
     require("policy_size", divides, remedy)
     remedy = f"must be at most --score-every {args.score_every}"
     require("frame_stack", args.frame_stack <= args.score_every, remedy)
+    remedy = f"larger than --buffer-size {args.buffer_size}; lower it"
+    require("batch_size", args.batch_size <= args.buffer_size, remedy)
     least = MAX_STEPS * args.num_envs
     remedy = f"holds fewer than two episodes of each environment; raise it to {2 * least}"
     require("buffer_size", args.buffer_size >= 2 * least, remedy)
@@ -204,11 +206,12 @@ def check_args(args: Args) -> None:
         remedy = f"cuts every episode of {MAX_STEPS} steps short; raise it to {least}"
         require(name, getattr(args, name) >= least, remedy)
     wandb = importlib.util.find_spec("wandb")
-    require("track", not args.track or wandb is not None, "pip install wandb")
+    require("track", not args.track or wandb is not None, "wandb is missing; pip install wandb")
     alone = WORLD_SIZE == 1
     require("evaluate", alone or args.evaluate is None, "start it without torchrun")
+    require("tour", alone or not args.tour, "start it without torchrun")
     cuda = args.device != "cuda" or torch.cuda.is_available()
-    require("device", cuda, "torch finds none; take --device cpu, or install a CUDA build")
+    require("device", cuda, "no such device; take cpu, or install a CUDA build of torch")
     require("output", not args.tour or args.output.suffix == ".mp4", "must end in .mp4")
     require("output", not args.tour or args.output.parent.is_dir(), "make its folder first")
 
@@ -1036,12 +1039,13 @@ class Replay:
             "age": ((C, N), torch.int64),  # steps of the episode before the block
             "last": ((C, N), torch.int64),  # block of the episode, so far
         }
-        size = sum(math.prod(shape) * dtype.itemsize for shape, dtype in rings.values())  # bytes
+        need = sum(math.prod(shape) * dtype.itemsize for shape, dtype in rings.values())  # bytes
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        memory = torch.cuda.mem_get_info()[0] if device == "cuda" else memory
+        if device == "cuda":
+            memory = torch.cuda.mem_get_info()[0]
         check(
-            size < memory,
-            f"--buffer-size {capacity}: takes {size / 2**30:.1f} GiB, and the {device} has "
+            need < memory,
+            f"--buffer-size {capacity}: takes {need / 2**30:.1f} GiB, and the {device} has "
             f"{memory / 2**30:.1f} GiB; lower it",
         )
         self.data = {
@@ -1405,12 +1409,15 @@ def main() -> None:
         return (scores > beta)[:, torch.arange(len(goal)), goal].cpu().numpy()
 
     @torch.no_grad()
+    def greedy(stack, previous, goal) -> torch.Tensor:
+        return q_network(stack, previous, text[goal]).argmax(-1)  # [N]
+
     def act(stack, previous, goal, generator: torch.Generator, epsilon: float) -> torch.Tensor:
         """Epsilon-greedy actions [N]."""
-        greedy = q_network(stack, previous, text[goal]).argmax(-1)
         options = {"generator": generator, "device": device}
         uniform = torch.randint(len(ACTIONS), (len(goal),), **options)
-        return torch.where(torch.rand(len(goal), **options) < epsilon, uniform, greedy)
+        explores = torch.rand(len(goal), **options) < epsilon
+        return torch.where(explores, uniform, greedy(stack, previous, goal))
 
     policy = partial(act, epsilon=args.eval_epsilon)
     clip_reached = None
@@ -1543,8 +1550,9 @@ def main() -> None:
     small = shrink(frame, args.policy_size, device)  # [N, h, w, 3]
     stack = small.repeat(1, 1, 1, args.frame_stack)
     previous = torch.full((args.num_envs,), STAY, device=device)  # the actions before
-    exploring, wander = previous < 0, previous  # whose actions are random now, and which
-    starts = ~exploring  # of an episode
+    starts = torch.ones(args.num_envs, dtype=torch.bool, device=device)  # of an episode
+    # Whose action is random now, and which it is: both are drawn at the start.
+    exploring, wander = torch.zeros_like(starts), torch.zeros_like(previous)
     age = np.zeros(args.num_envs, np.int64)  # steps of the running episodes
     pending = []  # steps of the running block
     loss, episodes = None, defaultdict(list)  # since the last log
@@ -1565,7 +1573,7 @@ def main() -> None:
         exploring = torch.where(redraw, explores, exploring)
         uniform = torch.randint(len(ACTIONS), (args.num_envs,), **options)
         wander = torch.where(redraw, uniform, wander)
-        a = torch.where(exploring, wander, act(stack, previous, own, generator, 0.0))  # [N]
+        a = torch.where(exploring, wander, greedy(stack, previous, own))  # [N]
         with worker_failures(envs, f"step {step}"):
             envs.step_async(a.cpu().numpy())
         lap("act")

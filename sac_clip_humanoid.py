@@ -71,9 +71,8 @@ except Exception as error:  # mujoco raises whatever its GL loader raised
     raise SystemExit(2) from None
 
 HERE = Path(__file__).resolve().parent
-START_METHOD = (
-    "fork" if sys.platform == "linux" else "spawn"
-)  # spawn imports torch anew in each worker
+# spawn imports torch anew in each worker; elsewhere than on Linux fork is not safe
+START_METHOD = "fork" if sys.platform == "linux" else "spawn"
 # Set by torchrun; a script that was started alone is rank 0 of 1.
 RANK, LOCAL_RANK = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
@@ -178,27 +177,30 @@ def check_args(args: Args) -> None:
         require(name, 0 < getattr(args, name) < math.inf, "must be finite and greater than 0")
     require("seed", 0 <= args.seed < 2**63, "must be at least 0 and less than 2**63")
     learned = args.ent_coef is None
-    require(
-        "ent_coef", learned or 0 < args.ent_coef < math.inf, "must be finite and greater than 0"
-    )
+    remedy = "must be finite and greater than 0; leave it out to learn it"
+    require("ent_coef", learned or 0 < args.ent_coef < math.inf, remedy)
+    require("learning_starts", args.learning_starts >= 0, "must be at least 0")
     require("alpha", 0 <= args.alpha <= 1, "must lie between 0 and 1")
     require("gamma", 0 <= args.gamma < 1, "must be at least 0 and less than 1")
     require("tau", args.tau <= 1, "must be at most 1")
     require("task", args.task in TASKS, f"choose one of {', '.join(TASKS)}")
     for name in ("goal", "baseline"):
         sentence = getattr(args, name)
-        require(name, sentence is None or sentence.strip() != "", "write a sentence")
-    require("buffer_size", args.num_envs <= args.buffer_size, f"raise it to {args.num_envs}")
+        check(sentence is None or sentence.strip(), f"--{name} {sentence!r}: write a sentence")
+    remedy = f"larger than --buffer-size {args.buffer_size}; lower it"
+    require("batch_size", args.batch_size <= args.buffer_size, remedy)
+    remedy = f"less than --num-envs {args.num_envs}; raise it"
+    require("buffer_size", args.num_envs <= args.buffer_size, remedy)
     least = 100 * args.num_envs * WORLD_SIZE
     for name in ("eval_every", "checkpoint_every"):
         remedy = f"cuts every episode of 100 steps short; raise it to {least}"
         require(name, getattr(args, name) >= least, remedy)
     wandb = importlib.util.find_spec("wandb")
-    require("track", not args.track or wandb is not None, "pip install wandb")
+    require("track", not args.track or wandb is not None, "wandb is missing; pip install wandb")
     alone = WORLD_SIZE == 1
     require("evaluate", alone or args.evaluate is None, "start it without torchrun")
     cuda = args.device != "cuda" or torch.cuda.is_available()
-    require("device", cuda, "torch finds none; take --device cpu, or install a CUDA build")
+    require("device", cuda, "no such device; take cpu, or install a CUDA build of torch")
 
 
 class Pose(NamedTuple):
@@ -592,15 +594,15 @@ class Replay:
     def __init__(self, capacity: int, num_envs: int, obs_dim: int, act_dim: int, device):
         self.rows, self.num_envs, self.device = capacity // num_envs, num_envs, device
         self.head = 0  # rows added so far; row t lies at t % rows
-        shapes = [
-            (self.rows, num_envs, *shape) for shape in ((obs_dim,), (act_dim,), (), (obs_dim,), ())
-        ]
-        size = 4 * sum(map(math.prod, shapes))  # bytes
+        parts = ((obs_dim,), (act_dim,), (), (obs_dim,), ())
+        shapes = [(self.rows, num_envs, *part) for part in parts]
+        need = 4 * sum(map(math.prod, shapes))  # bytes
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        memory = torch.cuda.mem_get_info()[0] if device == "cuda" else memory
+        if device == "cuda":
+            memory = torch.cuda.mem_get_info()[0]
         check(
-            size < memory,
-            f"--buffer-size {capacity}: takes {size / 2**30:.1f} GiB, and the {device} has "
+            need < memory,
+            f"--buffer-size {capacity}: takes {need / 2**30:.1f} GiB, and the {device} has "
             f"{memory / 2**30:.1f} GiB; lower it",
         )
         self.data = [torch.zeros(shape, device=device) for shape in shapes]

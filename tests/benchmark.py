@@ -386,7 +386,11 @@ def main(args: Args) -> dict:
         if "/" not in args.clip_model and not Path(args.clip_model).exists():
             save_random_clip(args.clip_model, Path(folder))
             args.clip_model = folder
-        clip = alone(clip_stage, args)
+        script_of(args).check_args(script_args(args))
+        try:
+            clip = alone(clip_stage, args)
+        except ValueError as error:  # --clip-model: what was tried, and what to pass instead
+            sys.exit(str(error))
         stages = alone(world_stages, args) | {"clip": clip.pop("clip")}
         update = alone(train, args, True)
         stages["update"] = update["seconds_per_step"], update["cpu_seconds_per_step"]

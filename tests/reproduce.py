@@ -115,7 +115,7 @@ def train(command: str, folder: Path) -> dict:
     checkpoints = sorted(folder.glob("runs/*/last.pt"))
     reports = sorted(folder.glob("runs/*/report.json"))
     if not reports:
-        program, script, *flags = shlex.split(command)
+        _, script, *flags = shlex.split(command)
         if checkpoints:
             flags = ["--resume", str(checkpoints[-1].parent)]
         subprocess.run([sys.executable, HERE.parent / script, *flags], cwd=folder, check=True)
@@ -131,7 +131,7 @@ def result_of(name: str, args: Args) -> dict | None:
         folders = [args.runs / name / str(i + 1) for i in range(experiment.seeds)]
         runs = [train(*pair) for pair in zip(commands, folders, strict=True)]
         return {"what": experiment.what, "runs": runs}
-    program, *arguments = shlex.split(experiment.command)
+    _, *arguments = shlex.split(experiment.command)
     line = [sys.executable, *arguments]
     if "--json" not in arguments:
         line += ["--output", args.results / f"{name}.json"]

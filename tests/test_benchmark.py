@@ -51,6 +51,16 @@ def test_unmeasured_is_said():
     assert "ratio not measured here" in text and "| clip | 4.000 | 250 |" in text
 
 
+@pytest.mark.parametrize(
+    "flags", [["--clip-model", "no/such"], ["--clip-model", "nothing"], ["--batch-size", "0"]]
+)
+def test_bad_input_is_one_line(flags):
+    line = [sys.executable, benchmark.__file__, *flags]
+    result = subprocess.run(line, capture_output=True, text=True, timeout=300)
+    assert result.returncode != 0 and result.stderr.count("\n") == 1, result.stderr
+    assert " ".join(flags) in result.stderr
+
+
 @pytest.mark.parametrize("script", ["sac", "dqn"])
 def test_a_short_benchmark(script, random_clip):
     result = subprocess.run(

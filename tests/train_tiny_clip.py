@@ -755,11 +755,13 @@ def main(args: Args) -> None:
     last = model.visual.ln_post if args.tower == "vit" else model.visual.layer4
     last.register_forward_hook(
         lambda module, inputs, output: features.update(
-            x=output[:, 0] if args.tower == "vit" else output.flatten(1)
+            x=output[:, 0] if output.ndim == 3 else output.flatten(1)  # of tokens, the first
         )
     )
     with torch.no_grad():
-        model.encode_image(torch.zeros(2, 3, args.resolution, args.resolution))
+        model.eval()  # these zeros are no statistics
+        model.encode_image(torch.zeros(1, 3, args.resolution, args.resolution))
+        model.train()
     targets = [len(center), len(share_center)] if args.homes else [len(center)]
     heads = [torch.nn.Linear(features["x"].shape[1], n) for n in targets]
     optimizer = torch.optim.AdamW(
