@@ -1,0 +1,163 @@
+"""The figures of README, from the committed numbers in `tests/results/`.
+
+    python tests/plot_results.py
+
+A figure whose numbers are not there yet is named, with the command that makes them.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import tyro
+
+HERE = Path(__file__).resolve().parent
+# In the order of the first paper's table, with its success rates (ViT-bigG-14, 4 million steps).
+PAPER = {
+    "kneeling": 100, "lotus": 100, "standing": 100, "arms_raised": 100, "splits": 100,
+    "hands_on_hips": 64, "arms_crossed": 0, "one_leg": 0,
+}  # fmt: skip
+FAMILIES = {"find": "tab:blue", "lift": "tab:orange", "place": "tab:green"}
+
+
+@dataclass
+class Args:
+    results: Path = HERE / "results"
+    """where the JSON files are, and the figures go"""
+
+
+def over_seeds(axis, runs: list[dict], name: str, scale: float = 1, minutes: bool = False, **style):
+    """Mean over the runs of a logged value, and the band from the lowest to the highest."""
+    steps = np.array(runs[0]["curve"]["step"])
+    values = scale * np.array([run["curve"][name] for run in runs])  # [seeds, evaluations]
+    x = steps / 1000
+    if minutes:
+        x = np.mean([run["minutes"] for run in runs]) * steps / steps[-1]
+    (line,) = axis.plot(x, values.mean(0), **style)
+    if len(runs) > 1:
+        axis.fill_between(x, values.min(0), values.max(0), color=line.get_color(), alpha=0.2, lw=0)
+
+
+def both_axes(figure_axes, name: str, runs: list[dict], value: str, scale: float = 1, **style):
+    for axis, minutes in zip(figure_axes, (False, True), strict=True):
+        over_seeds(axis, runs, value, scale, minutes, **style)
+        axis.set_xlabel("minutes" if minutes else "thousand env steps")
+        axis.grid(alpha=0.3)
+    figure_axes[0].set_ylabel(name)
+
+
+def title(runs: list[dict], what: str) -> str:
+    return f"{what}, {len(runs)} seed" + ("s: mean, lowest to highest" if len(runs) > 1 else "")
+
+
+def kneeling(load: Callable[[str], dict]) -> plt.Figure:
+    """What CLIP pays and what the predicate sees, over env steps and over time."""
+    runs = load("kneeling")["runs"]
+    figure, axes = plt.subplots(2, 2, figsize=(9, 5), sharex="col", sharey="row")
+    both_axes(axes[0], "success rate / %", runs, "success_rate", 100, color="tab:green")
+    both_axes(axes[1], "CLIP return", runs, "clip_return", color="tab:purple")
+    figure.suptitle(title(runs, "Kneeling, from its sentence"))
+    return figure
+
+
+def poses(load: Callable[[str], dict]) -> plt.Figure:
+    """Success of the best checkpoint in each pose, beside the paper's."""
+    ours = [
+        [100 * run["report"]["best"]["success_rate"] for run in load(task)["runs"]]
+        for task in PAPER
+    ]
+    figure, axis = plt.subplots(figsize=(9, 3.5))
+    x = np.arange(len(PAPER))
+    axis.bar(x - 0.2, PAPER.values(), 0.38, color="lightgray", label="paper (ViT-bigG-14)")
+    axis.bar(x + 0.2, [np.mean(rates) for rates in ours], 0.38, label="ours (bundled CLIP)")
+    for i, rates in enumerate(ours):
+        axis.plot([i + 0.2] * len(rates), rates, "k.", ms=4)  # each seed
+    axis.set_xticks(x, [task.replace("_", "\n") for task in PAPER])
+    axis.set_ylabel("success rate / %")
+    axis.legend()
+    return figure
+
+
+def playhouse(load: Callable[[str], dict]) -> plt.Figure:
+    """Of each family's goals, in unseen homes: where the toy is, and what CLIP says of it."""
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.5), sharey=True)
+    runs = load("playhouse")["runs"]
+    for axis, judge in zip(axes, ("success_rate", "clip_success"), strict=True):
+        for family, color in FAMILIES.items():
+            over_seeds(axis, runs, f"{judge}_{family}", 100, color=color, label=family)
+        axis.set_xlabel("thousand env steps")
+        axis.grid(alpha=0.3)
+    axes[0].set(title="by the simulator's state", ylabel="success rate / %")
+    axes[1].set(title="by CLIP")
+    axes[0].legend()
+    figure.suptitle(title(runs, "The playhouse, from CLIP alone"))
+    return figure
+
+
+def precision_recall(load: Callable[[str], dict]) -> plt.Figure:
+    """Of the softmax score over beta, among the goals whose toy is in view for the recall."""
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.5), sharey=True)
+    for axis, (split, families) in zip(
+        axes, load("home_accuracy")["alphas"]["0"].items(), strict=True
+    ):
+        for family, numbers in families.items():
+            points = [p for p in numbers["over_beta"].values() if p["precision"] is not None]
+            label = f"{family}, AP {numbers['average_precision']:.2f}"
+            recall, precision = ([p[k] for p in points] for k in ("recall_in_view", "precision"))
+            axis.plot(recall, precision, "o-", ms=3, color=FAMILIES[family], label=label)
+        axis.set(xlabel="recall, of what is in view", xlim=(0, 1.02), ylim=(0, 1.02))
+        axis.set_title({"train": "training goals", "heldout": "held-out goals"}[split])
+        axis.grid(alpha=0.3)
+        axis.legend(loc="lower left")
+    axes[0].set_ylabel("precision")
+    return figure
+
+
+def epic(load: Callable[[str], dict]) -> plt.Figure:
+    """EPIC distance of the reward from the predicate, per task and alpha; lower is better."""
+    result = load("clip_accuracy")
+    figure, axis = plt.subplots(figsize=(9, 3.5))
+    alphas = list(result["mean"])
+    for i, alpha in enumerate(alphas):
+        heights = [result["tasks"][task][alpha]["epic"] for task in PAPER]
+        heights.append(result["mean"][alpha]["epic"])
+        x = np.arange(len(heights)) + 0.8 * (i - (len(alphas) - 1) / 2) / len(alphas)
+        color = plt.get_cmap("viridis")(i / len(alphas))
+        axis.bar(x, heights, 0.8 / len(alphas), color=color, label=f"alpha = {alpha}")
+    names = [*(task.replace("_", "\n") for task in PAPER), "mean"]
+    axis.set_xticks(range(len(names)), names)
+    axis.set_ylabel("EPIC distance")
+    axis.legend(ncols=len(alphas), loc="upper left", fontsize="small")
+    axis.set_ylim(0, 1.25 * axis.get_ylim()[1])
+    return figure
+
+
+FIGURES = [kneeling, poses, playhouse, precision_recall, epic]
+
+
+def main(args: Args) -> None:
+    def load(name: str) -> dict:
+        return json.loads((args.results / f"{name}.json").read_text())
+
+    for draw in FIGURES:
+        path = args.results / f"{draw.__name__}.png"
+        try:
+            figure = draw(load)
+        except FileNotFoundError as error:
+            name = Path(error.filename).stem
+            print(f"{path.name}: not drawn; first python tests/reproduce.py {name}")
+            continue
+        figure.tight_layout()
+        figure.savefig(path, dpi=100)
+        plt.close(figure)
+        print(path)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

@@ -1,0 +1,53 @@
+"""The figures, drawn from small made-up results."""
+
+import json
+
+import plot_results
+
+JUDGES = [f"{j}_{f}" for j in ("success_rate", "clip_success") for f in plot_results.FAMILIES]
+
+
+def run(success: float) -> dict:
+    values = {name: [0.1, success] for name in ("success_rate", "clip_return", *JUDGES)}
+    return {
+        "minutes": 50.0,
+        "report": {"best": {"success_rate": success}},
+        "curve": {"step": [16000, 32000], **values},
+    }
+
+
+def test_figures_are_drawn_from_what_is_there(tmp_path, capsys):
+    def write(name: str, result: dict) -> None:
+        (tmp_path / f"{name}.json").write_text(json.dumps(result))
+
+    args = plot_results.Args(tmp_path)
+    plot_results.main(args)
+    assert not list(tmp_path.glob("*.png"))
+    assert capsys.readouterr().out.count("first python tests/reproduce.py") == 5
+
+    write("playhouse", {"runs": [run(0.5), run(0.9)]})
+    for task in plot_results.PAPER:
+        write(task, {"runs": [run(0.8), run(1.0)] if task == "kneeling" else [run(0.9)]})
+    alphas = {alpha: {"auc": 0.9, "epic": 0.2} for alpha in ("0", "0.5")}
+    tasks = dict.fromkeys(plot_results.PAPER, alphas)
+    write("clip_accuracy", {"tasks": tasks, "mean": alphas})
+    over_beta = {
+        "0.5": {"precision": 0.9, "recall_in_view": 0.8},
+        "0.9": {"precision": None, "recall_in_view": 0.0},
+    }
+    family = {"average_precision": 0.9, "over_beta": over_beta}
+    families = dict.fromkeys(plot_results.FAMILIES, family)
+    write("home_accuracy", {"alphas": {"0": {"train": families, "heldout": families}}})
+    plot_results.main(args)
+    drawn = {path.stem for path in tmp_path.glob("*.png") if path.stat().st_size > 1000}
+    assert drawn == {draw.__name__ for draw in plot_results.FIGURES}
+    assert "not drawn" not in capsys.readouterr().out
+
+
+def test_the_band_spans_the_seeds():
+    figure, axis = plot_results.plt.subplots()
+    plot_results.over_seeds(axis, [run(0.5), run(0.9)], "success_rate", 100, minutes=True)
+    (line,), (band,) = axis.lines, axis.collections
+    assert line.get_xdata().tolist() == [25, 50] and line.get_ydata().tolist() == [10, 70]
+    assert {y for _, y in band.get_paths()[0].vertices} >= {50, 90}
+    plot_results.plt.close(figure)
