@@ -27,7 +27,7 @@ import signal
 import sys
 import threading
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -589,13 +589,16 @@ def worker_failures(envs: gym.vector.AsyncVectorEnv, stage: str):
 
 
 class Replay:
-    """A ring of rows on the device: (s, a, r, s', terminated) of all N environments at a step."""
+    """A ring of rows on the device: (s, a, r, terminated) of all N environments at a step. An s' is
+    the next row's s; where an episode ended, a row without a transition comes between to hold it.
+    """
 
     def __init__(self, capacity: int, num_envs: int, obs_dim: int, act_dim: int, device):
         self.rows, self.num_envs, self.device = capacity // num_envs, num_envs, device
-        self.head = 0  # rows added so far; row t lies at t % rows
-        parts = ((obs_dim,), (act_dim,), (), (obs_dim,), ())
-        shapes = [(self.rows, num_envs, *part) for part in parts]
+        self.head = 0  # the next row to write; row t lies at t % rows
+        self.starts = deque()  # the rows with a transition that are still there, oldest first
+        self.added = 0  # transitions, in rows
+        shapes = [(self.rows, num_envs, *part) for part in ((obs_dim,), (act_dim,), (), ())]
         need = 4 * sum(map(math.prod, shapes))  # bytes
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         if device == "cuda":
@@ -606,24 +609,42 @@ class Replay:
             f"{memory / 2**30:.1f} GiB; lower it",
         )
         self.data = [torch.zeros(shape, device=device) for shape in shapes]
+        self.start_ring = torch.zeros(self.rows, dtype=torch.int64, device=device)  # as `starts`
 
-    def add(self, *row: torch.Tensor | np.ndarray) -> None:
-        """s [N, O], a [N, A], r [N], s' [N, O], terminated [N]."""
-        for ring, value in zip(self.data, row, strict=True):
+    def add(self, s, a, r, s_next, terminated, ended: bool) -> None:
+        """s [N, O], a [N, A], r [N], s' [N, O], terminated [N]; whether any episode ended."""
+        for ring, value in zip(self.data, (s, a, r, terminated), strict=True):
             ring[self.head % self.rows] = torch.as_tensor(value)
-        self.head += 1
+        self.data[0][(self.head + 1) % self.rows] = s_next
+        self._start(self.head)
+        self.head += 2 if ended else 1
+        while self.starts[0] <= self.head - self.rows:  # overwritten
+            self.starts.popleft()
+
+    def _start(self, row: int) -> None:
+        self.starts.append(row)
+        self.start_ring[self.added % self.rows] = row % self.rows
+        self.added += 1
 
     def sample(self, batch_size: int, generator: torch.Generator) -> list[torch.Tensor]:
         """s [B, O], a [B, A], r [B], s' [B, O], terminated [B]."""
         options = {"size": (batch_size,), "generator": generator, "device": self.device}
-        row = torch.randint(min(self.head, self.rows), **options)
+        i = torch.randint(self.added - len(self.starts), self.added, **options)
+        row = self.start_ring[i % self.rows]
         env = torch.randint(self.num_envs, **options)
-        return [ring[row, env] for ring in self.data]
+        s, a, r, terminated = (ring[row, env] for ring in self.data)
+        return [s, a, r, self.data[0][(row + 1) % self.rows, env], terminated]
 
     def save(self, folder: Path, first: int) -> None:
-        """Append rows [first, head) as one file; what is on disk already is not written again."""
-        rows = torch.arange(max(first, self.head - self.rows), self.head) % self.rows
-        atomic_save([ring[rows].cpu() for ring in self.data], folder / f"{first}-{self.head}.pt")
+        """Append rows [first, head) as one file, after an end of all episodes; what is on disk
+        already is not written again."""
+        first = max(first, self.head - self.rows)
+        rows = torch.arange(first, self.head) % self.rows
+        part = {
+            "data": [ring[rows].cpu() for ring in self.data],
+            "starts": [row for row in self.starts if row >= first],
+        }
+        atomic_save(part, folder / f"{first}-{self.head}.pt")
         for path in folder.glob("*-*.pt"):
             if int(path.stem.split("-")[1]) <= first - self.rows:  # not even last.pt needs it
                 path.unlink()
@@ -636,9 +657,12 @@ class Replay:
                 ends[end].unlink()
                 continue
             part = torch.load(ends[end], map_location=self.device, weights_only=True)
-            rows = torch.arange(end - len(part[0]), end)
-            for ring, value in zip(self.data, part, strict=True):
+            rows = torch.arange(end - len(part["data"][0]), end)
+            for ring, value in zip(self.data, part["data"], strict=True):
                 ring[rows % self.rows] = value
+            for row in part["starts"]:
+                if row > head - self.rows:
+                    self._start(row)
             filled += int((rows >= head - self.rows).sum())
         check(
             filled >= min(head, self.rows),
@@ -1177,7 +1201,7 @@ def main() -> None:
                     totals[name] += value
                     episodes[f"charts/{name}"] += totals[name][row.done].tolist()
                     totals[name][row.ended] = 0
-                replay.add(row.s, row.a, r, row.s_next, row.terminated)
+                replay.add(row.s, row.a, r, row.s_next, row.terminated, row.ended.any())
             normaliser.update(torch.cat([row.s_next for row in rows]))
         lap("clip")
 
