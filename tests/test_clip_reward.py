@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import clip_reward
 from clip_reward import CLIPReward, contrastive_reward, goal_baseline_reward
@@ -92,6 +92,12 @@ def test_contrastive_reward_is_the_softmax_of_the_paper():
         assert p[i].tolist() == pytest.approx([math.exp(x / tau) / total for x in row], rel=1e-4)
 
 
+def test_the_clips_own_temperature(random_clip):
+    weights = load_file(random_clip / "open_clip_model.safetensors")
+    own = CLIPReward(str(random_clip), GOALS, BASELINE).temperature
+    assert own == pytest.approx(math.exp(-weights["logit_scale"].item())) == pytest.approx(0.07)
+
+
 @pytest.fixture(scope="module")
 def weights_file(tmp_path_factory) -> Path:
     """Weights for ViT-S-32-alt, one of the smallest architectures that open_clip knows by name."""
@@ -123,6 +129,33 @@ def test_frames_are_encoded_as_by_open_clip_for_an_architecture_and_a_file(weigh
         expected = model.encode_text(tokens, normalize=True)
     assert (reward.encode_text(GOALS) - expected).abs().max() < 1e-6
     assert (reward.goal - expected).abs().max() < 1e-6
+
+
+def test_a_resnet_is_encoded_as_by_open_clip(tmp_path):
+    """Its batch norms are folded into its convolutions."""
+    vision = {"image_size": 64, "layers": [1, 2, 1, 1], "width": 16, "head_width": 32}
+    text = {"context_length": 32, "vocab_size": 49408, "layers": 1, "width": 64, "heads": 2}
+    config = {"embed_dim": 32, "vision_cfg": vision, "text_cfg": text}
+    torch.manual_seed(0)
+    model = open_clip.CLIP(**config)
+    frames = pictures((64, 64), (64, 64))
+    images = torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2).float()
+    model.encode_image(images / 100 - 1)  # some statistics
+    norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    for norm in norms:
+        torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
+        torch.nn.init.normal_(norm.bias)
+    save_file(model.state_dict(), tmp_path / "open_clip_model.safetensors")
+    document = {"model_cfg": config, "preprocess_cfg": {}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(document))
+    reward = CLIPReward(str(tmp_path), GOALS, BASELINE)
+    assert len(norms) == 3 + 3 * 5 + 4
+    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in reward.modules())
+    _, transform = open_clip.create_model_from_pretrained(f"local-dir:{tmp_path}")
+    expected = torch.stack([pil_embedding(model.eval(), transform, frame) for frame in frames])
+    s = reward.encode_frames(np.stack(frames))
+    assert (s - expected).abs().max() < 1e-5
+    assert (s[0] - s[1]).abs().max() > 1e-4  # the two are told apart
 
 
 SIGLIP = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "squash"}
