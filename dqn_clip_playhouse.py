@@ -117,7 +117,8 @@ class Args:
     baseline: str = "a room"  # the baseline prompt; without effect at alpha 0
     alpha: float = 0.0
     """strength of the goal-baseline regularisation, from 0 (the paper) to 1"""
-    temperature: float = 0.02  # of the softmax over the goals of a family
+    temperature: float | None = None
+    """of the softmax over the goals of a family; unset, the CLIP's own"""
     beta: float | None = None
     """score above which a goal counts as reached; unset, calibrated on random play"""
     calibration_episodes: int = 64  # of random play, before the run
@@ -174,7 +175,7 @@ def check_args(args: Args) -> None:
 
     for name in ("total_timesteps", "num_envs", "eval_every", "eval_episodes", "final_episodes",
                  "checkpoint_every", "frame_size", "score_every", "buffer_size", "batch_size",
-                 "updates_per_step", "learning_rate", "temperature", "target_every",
+                 "updates_per_step", "learning_rate", "target_every",
                  "epsilon_steps", "n_step", "calibration_episodes", "frame_stack", "policy_size",
                  "worker_timeout"):  # fmt: skip
         require(name, 0 < getattr(args, name) < math.inf, "must be finite and greater than 0")
@@ -185,6 +186,9 @@ def check_args(args: Args) -> None:
     require("explore_steps", args.explore_steps >= 1, "must be at least 1")
     require("learning_starts", args.learning_starts >= 0, "must be at least 0")
     check(args.baseline.strip(), f"--baseline {args.baseline!r}: write a sentence")
+    own = args.temperature is None
+    remedy = "must be finite and greater than 0; leave it out to take the CLIP's own"
+    require("temperature", own or 0 < args.temperature < math.inf, remedy)
     require("beta", args.beta is None or math.isfinite(args.beta), "must be finite")
     calibrated = args.beta is None and args.reward != "env"
     labels = calibrated or not args.calibrate_with_labels
@@ -1399,10 +1403,12 @@ def main() -> None:
     beta = torch.full((len(GOALS),), fixed_beta, device=device)
     generator = torch.Generator(device).manual_seed(reset_seed(args.seed, NOISE, RANK))
 
+    temperature = args.temperature or clip.temperature
+
     def score(frames: np.ndarray) -> torch.Tensor:
         """CLIP's score of each frame [..., H, W, 3] for each goal: [..., 240]."""
         rewards = clip(frames.reshape(-1, *frames.shape[-3:])).unflatten(0, frames.shape[:-3])
-        return family_scores(rewards, args.temperature) if args.reward == "contrastive" else rewards
+        return family_scores(rewards, temperature) if args.reward == "contrastive" else rewards
 
     def is_reached(scores: torch.Tensor, goal: torch.Tensor) -> np.ndarray:
         """Where the reward of an episode's own goal [N] is 1: scores [T, N, 240] -> [T, N]."""

@@ -50,8 +50,8 @@ class Args:
     """one walk in each"""
     seed: int = 54321
     """of homes and walks"""
-    temperature: float = 0.02
-    """of the softmax over the goals of a family"""
+    temperature: float | None = None
+    """of the softmax over the goals of a family; unset, the CLIP's own"""
     baseline: str = "a room"
     """the baseline prompt"""
     output: Path = HERE / "results" / "home_accuracy.json"
@@ -175,10 +175,11 @@ def main(args: Args) -> None:
         walks = pool.map(walk, [(size, seed) for seed in seeds], 4)
     frames, reached, in_view = map(np.concatenate, zip(*walks, strict=True))
     s = clip.encode_frames(frames)  # [M, D]
+    temperature = args.temperature or clip.temperature
     alphas = {}
     for alpha in ALPHAS:
         rewards = goal_baseline_reward(s, clip.goal, clip.baseline, alpha)
-        scores = family_scores(rewards, args.temperature).cpu().numpy()
+        scores = family_scores(rewards, temperature).cpu().numpy()
         alphas[f"{alpha:g}"] = {
             split: {
                 family: measure(*(x[:, COLUMNS[split][family]].ravel()
@@ -193,7 +194,7 @@ def main(args: Args) -> None:
         "homes": args.homes,
         "frames": len(frames),
         "seed": args.seed,
-        "temperature": args.temperature,
+        "temperature": temperature,
         "alphas": alphas,
     }
     result = json.loads(json.dumps(result), parse_float=lambda x: round(float(x), 4))
