@@ -14,12 +14,14 @@ from typing import NamedTuple
 from dqn_clip_playhouse import (  # first: it tells MuJoCo how to render
     COLOURS,
     EYE,
+    FAMILIES,
     FURNITURE,
     GOALS,
     HELDOUT_TOYS,
     KINDS,
     PLACES,
     TOYS,
+    TRAIN_GOALS,
     PlayhouseEnv,
     about_z,
 )
@@ -46,6 +48,16 @@ class Meaning(NamedTuple):
     relation: str
     colour: str | None
     kind: str | None
+
+
+GOALS_OF = {
+    family: [
+        Meaning(goal.place or family, goal.colour, goal.kind)
+        for goal in TRAIN_GOALS
+        if goal.family == family
+    ]
+    for family in FAMILIES
+}
 
 
 def caption(meaning: Meaning | None, rng: np.random.Generator) -> str:

@@ -48,8 +48,8 @@ class Args:
     output: Path = HERE / "tiny_clip"
     """folder to write, in open_clip's own format"""
     start: Path | None = None
-    """folder of a CLIP to train further, instead of a new one; whatever differs in size from it, as
-    another kind of image tower does, starts anew"""
+    """folder of a CLIP to train further, instead of a new one; an image tower that differs from its
+    own starts anew, and imitates it at first where it sees the humanoid"""
     minutes: float = 42.0
     """length of the training itself, after the rendering; the learning rate decays to its end"""
     states: int = 90_000
@@ -80,6 +80,8 @@ class Args:
     """the look of the humanoid in the frames"""
     camera: str = "fixed"
     """the view of the frames"""
+    compile: bool = False
+    """torch.compile the image tower: a third faster for a resnet; needs a C++ compiler"""
     seed: int = 1
     """of states, captions and initial weights"""
 
@@ -744,12 +746,15 @@ def main(args: Args) -> None:
     tokenizer = open_clip.SimpleTokenizer(context_length=32)
     with torch.no_grad():
         model.logit_scale.fill_(math.log(10))
+    teacher = None
     if args.start is not None:
         known = load_file(args.start / "open_clip_model.safetensors")
         weights = model.state_dict()
         fits = {k: w for k, w in known.items() if k in weights and w.shape == weights[k].shape}
         model.load_state_dict(weights | fits)
         print(f"{len(fits)} of {len(weights)} parts of it are those of {args.start}")
+        if len(fits) < len(weights):
+            teacher = open_clip.create_model(f"local-dir:{args.start}").eval()
     bias = torch.nn.Parameter(torch.tensor(-4.0))
     features = {}  # of the image tower, before the embedding
     last = model.visual.ln_post if args.tower == "vit" else model.visual.layer4
@@ -769,13 +774,13 @@ def main(args: Args) -> None:
         lr=args.learning_rate,
         weight_decay=0.05,
     )
-    pairs = [(s,) for s in STANCES] + [(s, a) for s in STANCES for a in ARMS]
+    postures = [(s,) for s in STANCES] + [(s, a) for s in STANCES for a in ARMS]
 
     def true_states() -> list[np.ndarray]:
         """Indices of the states that match each pair of attributes, where it is not a rarity."""
         matches = [
             np.flatnonzero((states.truths[:, [ATTRIBUTES.index(a) for a in pair]] > 0.5).all(1))
-            for pair in pairs
+            for pair in postures
         ]
         return [indices for indices in matches if len(indices) >= 20]
 
@@ -818,10 +823,18 @@ def main(args: Args) -> None:
         index = rng.integers(len(home_frames), size=size)
         index[::2] = rng.choice(told, len(index[::2]))
         meanings = home_states.sample_meanings(home_truths[index], count, rng)
+        meanings += [meaning for family in home_states.GOALS_OF.values() for meaning in family]
         captions = [home_states.caption(meaning, rng) for meaning in meanings]
         match = np.stack([home_states.truth_of(m, home_truths[index]) for m in meanings], 1)
         target = (shares[index] - share_center) / share_spread
         return prepare(home_frames[index]), target, captions, match
+
+    def softmax_loss(cosine: torch.Tensor, match: torch.Tensor) -> torch.Tensor:
+        """CLIP's own loss, from image to text, over the goals of a family [B, G]. Where none of
+        them is true all are as likely, so that a toy far away does not count as found."""
+        truth = match + (1 - match.amax(1, keepdim=True)) / match.shape[1]
+        truth = truth / truth.sum(1, keepdim=True)
+        return F.cross_entropy(model.logit_scale.exp() * cosine, truth)
 
     def loss_of(cosine: torch.Tensor, match: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """From [B, C]: the sigmoid loss, the correlation with the truth, how many are right."""
@@ -839,6 +852,7 @@ def main(args: Args) -> None:
         return loss, rho.mean(), right
 
     mean, std = torch.tensor([OPENAI_DATASET_MEAN, OPENAI_DATASET_STD]).view(2, 1, 3, 1, 1)
+    encode_image = torch.compile(model.encode_image) if args.compile else model.encode_image
     true_of, start, step, searches = true_states(), time.time(), 0, 0
     words = set((args.start / "vocabulary.txt").read_text().split()) if args.start else set()
     while (progress := (time.time() - start) / (60 * args.minutes)) < 1:
@@ -862,18 +876,31 @@ def main(args: Args) -> None:
         words.update(re.findall(r"[a-z]+", " ".join(captions).lower()))
         # The flash kernel's backward pass is 4 times slower on a CPU at this few tokens.
         with torch.autocast("cpu", torch.bfloat16, enabled=fast_bf16), sdpa_kernel(SDPBackend.MATH):
-            image_features = model.encode_image(torch.cat([part[0] for part in parts])).float()
+            image_features = encode_image(torch.cat([part[0] for part in parts])).float()
             text_features = model.encode_text(tokenizer(captions)).float()
         image_features = F.normalize(image_features, dim=-1).split(sizes)
-        text_features = F.normalize(text_features, dim=-1).split(count)
+        text_features = F.normalize(text_features, dim=-1).split([len(part[2]) for part in parts])
         below = features["x"].float().split(sizes)
         total, log = 0, []
         for i, (_, target, _, match) in enumerate(parts):
-            cosine = image_features[i] @ text_features[i].T  # [B, C]
-            loss, rho, right = loss_of(cosine, torch.from_numpy(match))
+            cosine, match = (
+                image_features[i] @ text_features[i].T,
+                torch.from_numpy(match),
+            )  # [B, C]
+            loss, rho, right = loss_of(cosine[:, :count], match[:, :count])
             fit = F.mse_loss(heads[i](below[i]), torch.from_numpy(target).float())
             total = total + (loss + 1 - rho + 0.5 * fit) / len(parts)
             log.append(f"loss {loss:.3f}, right {right:.3f}, rho {rho:.3f}, head {fit:.3f}")
+            if i == 1:  # of homes: goals follow the random captions, family by family
+                families = [count, *map(len, home_states.GOALS_OF.values())]
+                pairs = list(zip(cosine.split(families, 1), match.split(families, 1), strict=True))
+                losses = [softmax_loss(*pair) for pair in pairs[1:]]
+                total = total + sum(losses) / len(parts)
+                log.append("softmax " + ", ".join(f"{loss:.3f}" for loss in losses))
+        if teacher is not None:
+            with torch.no_grad():
+                seen = F.normalize(teacher.encode_image(parts[0][0]), dim=-1)
+            total = total + (1 - progress) * (1 - (image_features[0] * seen).sum(1).mean())
         optimizer.zero_grad()
         total.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
