@@ -1,5 +1,6 @@
-"""Several processes under torchrun: equal networks, and what happens when one of them dies."""
+"""Several processes under torchrun: equal networks, what happens when one dies, and resuming."""
 
+import importlib
 import os
 import signal
 import subprocess
@@ -38,13 +39,14 @@ script.main()
 SCRIPTS = {
     "sac_clip_humanoid": (
         ["Actor", "TwinQ", "Normaliser"],
-        ["--total-timesteps", "1600", "--num-envs", "2", "--learning-starts", "200",
+        ["--num-envs", "2", "--learning-starts", "200",
          "--eval-every", "800", "--checkpoint-every", "800", "--eval-episodes", "2",
-         "--final-episodes", "2", "--hidden", "32", "--batch-size", "32", "--device", "cpu"],
+         "--final-episodes", "2", "--hidden", "32", "--batch-size", "32", "--device", "cpu",
+         "--frame-size", "48", "--updates-per-step", "0.1"],
     ),
     "dqn_clip_playhouse": (
         ["QNetwork"],
-        ["--total-timesteps", "1600", "--num-envs", "2", "--learning-starts", "200",
+        ["--num-envs", "2", "--learning-starts", "200",
          "--eval-every", "800", "--checkpoint-every", "800", "--eval-episodes", "2",
          "--final-episodes", "2", "--batch-size", "8", "--calibration-episodes", "2",
          "--frame-size", "48", "--device", "cpu"],
@@ -62,54 +64,62 @@ def torchrun(folder: Path, script: str, *flags: str | Path) -> subprocess.Popen:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_two_ranks_end_with_equal_networks(script, tmp_path, random_clip):
-    process = torchrun(tmp_path, script, *SCRIPTS[script][1], "--clip-model", random_clip)
-    output, errors = process.communicate(timeout=600)
-    assert process.returncode == 0, errors
-    ranks = [torch.load(tmp_path / f"rank{i}.pt", weights_only=True) for i in range(2)]
-    for network, other in zip(*ranks, strict=True):
-        for name, weight in network.items():
-            assert torch.equal(weight, other[name]), name
-    run = only_run(tmp_path)  # one folder, one report, one log
-    assert output.count("run: ") == 1
-    state = torch.load(run / "last.pt", weights_only=True)
-    assert state["step"] == 1600 and len(state["ranks"]) == 2
-    noise = [rank["generator"] for rank in state["ranks"]]
-    assert not torch.equal(*noise)
-    parts = [torch.load(next((run / "replay" / str(i)).glob("0-*.pt"))) for i in range(2)]
-    seen = [part["frame"] if isinstance(part, dict) else part[0] for part in parts]
-    assert not torch.equal(seen[0][0], seen[1][0])  # episodes of their own, from the first state on
-    assert [event.step for event in scalars(run)["eval/success_rate"]] == [800, 1600]
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_a_rank_that_dies_ends_the_others_and_the_run_resumes(script, tmp_path, random_clip):
+@pytest.fixture(scope="module", params=SCRIPTS)
+def ended(request, tmp_path_factory, random_clip):
+    """A run of two ranks of which one was killed, and which was then resumed to its end: the
+    folder, the script, what the other rank said, and the output of the second part."""
+    folder, script = tmp_path_factory.mktemp("ranks"), request.param
     flags = [*SCRIPTS[script][1], "--clip-model", random_clip]
-    process = torchrun(tmp_path, script, *flags, "--total-timesteps", "100000")
+    process = torchrun(folder, script, *flags, "--total-timesteps", "100000")
     deadline = time.time() + 300
-    while not list(tmp_path.glob("runs/*/last.pt")):
+    while not list(folder.glob("runs/*/last.pt")):
         assert process.poll() is None and time.time() < deadline
         time.sleep(0.1)
     time.sleep(1)
-    os.kill(int((tmp_path / "pid1").read_text()), signal.SIGKILL)
-    _, errors = process.communicate(timeout=60)
+    os.kill(int((folder / "pid1").read_text()), signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)  # within a minute
     assert process.returncode != 0
+    run = only_run(folder)
+    step = torch.load(run / "last.pt", weights_only=True)["step"]
+    for path in folder.glob("rank*.pt"):  # of a bar that an error closed
+        path.unlink()
+    more = ["--resume", run, "--total-timesteps", str(step + 800)]
+    process = torchrun(folder, script, *more)
+    output, resumed_errors = process.communicate(timeout=600)
+    assert process.returncode == 0, resumed_errors
+    assert torch.load(run / "last.pt", weights_only=True)["step"] == step + 800
+    return run, script, errors, output
+
+
+def test_a_rank_that_dies_ends_the_others_in_one_line(ended):
+    *_, errors, _ = ended
     assert "--resume continues" in errors, errors
-    step = torch.load(only_run(tmp_path) / "last.pt", weights_only=True)["step"]
-    process = torchrun(
-        tmp_path, script, "--resume", only_run(tmp_path), "--total-timesteps", str(step + 800)
-    )
-    _, errors = process.communicate(timeout=600)
-    assert process.returncode == 0, errors
-    assert torch.load(only_run(tmp_path) / "last.pt", weights_only=True)["step"] == step + 800
 
 
-def test_another_number_of_ranks_is_refused(tmp_path, random_clip):
-    script = "sac_clip_humanoid"
-    flags = [*SCRIPTS[script][1], "--clip-model", random_clip, "--total-timesteps", "400"]
-    train = [sys.executable, ROOT / f"{script}.py"]
-    subprocess.run([*train, *flags], cwd=tmp_path, check=True, capture_output=True, timeout=300)
-    process = torchrun(tmp_path, script, "--resume", only_run(tmp_path))
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode != 0 and "has 1 rank(s); torchrun --nproc-per-node=1" in errors
+def test_ranks_end_with_equal_networks_in_one_folder(ended):
+    run, _, _, output = ended
+    folder = run.parents[1]
+    ranks = [torch.load(folder / f"rank{i}.pt", weights_only=True) for i in range(2)]
+    for network, other in zip(*ranks, strict=True):
+        for name, weight in network.items():
+            assert torch.equal(weight, other[name]), name
+    assert output.count("run: ") == 1  # one folder, one report, one log
+    state = torch.load(run / "last.pt", weights_only=True)
+    assert len(state["ranks"]) == 2
+    noise = [rank["generator"] for rank in state["ranks"]]
+    assert not torch.equal(*noise)
+    parts = [torch.load(next((run / "replay" / str(i)).glob("0-*.pt"))) for i in range(2)]
+    seen = [part["frame"] if "frame" in part else part["data"][0] for part in parts]
+    assert not torch.equal(seen[0][0], seen[1][0])  # episodes of their own, from the first state on
+    logged = [event.step for event in scalars(run)["eval/success_rate"]]
+    assert logged == list(range(800, state["step"] + 1, 800))  # each once
+
+
+def test_another_number_of_ranks_is_refused(ended, monkeypatch, capsys):
+    run, script, *_ = ended
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", "--resume", str(run)])
+    with pytest.raises(SystemExit) as exit_:
+        importlib.import_module(script).main()
+    errors = capsys.readouterr().err
+    assert exit_.value.code == 2 and errors.count("\n") == 1
+    assert "has 2 rank(s); torchrun --nproc-per-node=2" in errors

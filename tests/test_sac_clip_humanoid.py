@@ -316,6 +316,7 @@ SMALL = [
     "--total-timesteps", "1600", "--num-envs", "4", "--learning-starts", "200",
     "--eval-every", "800", "--checkpoint-every", "800", "--eval-episodes", "4",
     "--final-episodes", "4", "--hidden", "32", "--batch-size", "64", "--device", "cpu",
+    "--frame-size", "48", "--updates-per-step", "0.1",
 ]  # fmt: skip
 
 
