@@ -721,7 +721,10 @@ def main(args: Args) -> None:
         home_frames, home_truths, shares = run_jobs(pool, new_homes, home_jobs)
         print(f"{len(home_frames)} states of homes after {time.time() - start:.0f} s")
         share_center, share_spread = shares.mean(0), shares.std(0) + 1e-3
-        told = np.flatnonzero((home_truths > 0.5).any((1, 2, 3)))  # something can be said of them
+        told = [  # of which something can be said: by relation
+            np.flatnonzero((home_truths[:, i] > 0.5).any((1, 2)))
+            for i in range(home_truths.shape[1])
+        ]
 
     fast_bf16 = torch.cpu._is_avx512_bf16_supported()  # elsewhere it is emulated, and slow
     config = {
@@ -821,7 +824,8 @@ def main(args: Args) -> None:
 
     def home_part(size: int, count: int):
         index = rng.integers(len(home_frames), size=size)
-        index[::2] = rng.choice(told, len(index[::2]))
+        for i in range(0, size, 2):  # half of it: a balanced choice of relations
+            index[i] = rng.choice(told[rng.integers(len(told))])
         meanings = home_states.sample_meanings(home_truths[index], count, rng)
         meanings += [meaning for family in home_states.GOALS_OF.values() for meaning in family]
         captions = [home_states.caption(meaning, rng) for meaning in meanings]
