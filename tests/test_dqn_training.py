@@ -384,8 +384,10 @@ def test_a_replay_that_does_not_fit_is_refused(capsys):
     assert errors.startswith("--buffer-size 10000000000: takes 87") and errors.count("\n") == 1
 
 
-def test_a_resumed_run_keeps_its_arguments(finished):
-    run, _ = finished
-    result = train(SCRIPT, run.parents[1], "--resume", run, "--gamma", "0.9")
-    assert result.returncode == 2 and result.stderr.count("\n") == 1
-    assert re.search(r"--gamma 0.9: .* was started with 0.98", result.stderr)
+def test_a_resumed_run_keeps_its_arguments(finished, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [SCRIPT, "--resume", str(finished[0]), "--gamma", "0.9"])
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    errors = capsys.readouterr().err
+    assert exit_.value.code == 2 and errors.count("\n") == 1
+    assert re.search(r"--gamma 0.9: .* was started with 0.98", errors)

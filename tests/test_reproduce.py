@@ -9,12 +9,17 @@ from test_sac_clip_humanoid import SMALL
 from whole_runs import kill_after_a_checkpoint
 
 
-def test_the_smallest_entry(tmp_path):
+def test_the_smallest_entry(tmp_path, monkeypatch):
     smallest = min(reproduce.EXPERIMENTS, key=lambda name: reproduce.EXPERIMENTS[name].hours)
+    experiment = reproduce.EXPERIMENTS[smallest]
+    assert experiment.command == "python tests/benchmark.py --json"
+    short = experiment._replace(command=f"{experiment.command} --steps 320 --seconds 0.2")
+    monkeypatch.setitem(reproduce.EXPERIMENTS, smallest, short)
     reproduce.main(reproduce.Args((smallest,), results=tmp_path))
     result = json.loads((tmp_path / f"{smallest}.json").read_text())
-    assert result["command"] == reproduce.EXPERIMENTS[smallest].command
-    assert result["steps_per_second"] > 0
+    assert result["command"] == short.command
+    assert set(result["stage_seconds_per_step"]) == {"physics", "render", "clip", "update"}
+    assert result["steps_per_second"] > 0 and result["cpu_seconds_per_step_stages"] > 0
 
 
 def test_an_interrupted_run_is_resumed_and_a_result_is_kept(

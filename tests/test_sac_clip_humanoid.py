@@ -569,15 +569,20 @@ def test_no_gl_library_names_the_packages(tmp_path):
     [("--gamma", "0.9", "0.95"), ("--clip-model", "other", "random_clip"),
      ("--worker-timeout", "9.0", "60.0")],
 )  # fmt: skip
-def test_a_resumed_run_keeps_its_arguments(finished, option, value, old):
-    run, _ = finished
-    result = train(SCRIPT, run.parents[1], "--resume", run, option, value)
-    assert result.returncode == 2 and result.stderr.count("\n") == 1
-    assert f"{option} {value}" in result.stderr and old in result.stderr
+def test_a_resumed_run_keeps_its_arguments(finished, option, value, old, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [SCRIPT, "--resume", str(finished[0]), option, value])
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    errors = capsys.readouterr().err
+    assert exit_.value.code == 2 and errors.count("\n") == 1
+    assert f"{option} {value}" in errors and old in errors
 
 
-def test_a_damaged_checkpoint_is_named(finished, tmp_path):
+def test_a_damaged_checkpoint_is_named(tmp_path, monkeypatch, capsys):
     (tmp_path / "last.pt").write_bytes(b"broken")
-    result = train(SCRIPT, tmp_path, "--resume", tmp_path)
-    assert result.returncode == 2 and result.stderr.count("\n") == 1
-    assert f"--resume {tmp_path}" in result.stderr
+    monkeypatch.setattr(sys, "argv", [SCRIPT, "--resume", str(tmp_path)])
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    errors = capsys.readouterr().err
+    assert exit_.value.code == 2 and errors.count("\n") == 1
+    assert f"--resume {tmp_path}" in errors
