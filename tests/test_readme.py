@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -88,6 +89,11 @@ def test_command(command, folder, first_run):
         run(command, folder)
     elif "--evaluate" in command:
         run(command, folder, "--final-episodes", "2")
+    elif "plot_results" in command:
+        results = shutil.copytree(ROOT / "tests" / "results", folder / "results")
+        (results / "epic.png").unlink()
+        run(command, folder, "--results", str(results))
+        assert (results / "epic.png").exists()
     elif "playhouse_sheet" in command:
         run(command, folder, "--columns", "8", "--size", "48", "--output", str(folder / "s.jpg"))
     elif "--tour" in command or "reproduce" in command:
