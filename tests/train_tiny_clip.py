@@ -721,10 +721,9 @@ def main(args: Args) -> None:
         home_frames, home_truths, shares = run_jobs(pool, new_homes, home_jobs)
         print(f"{len(home_frames)} states of homes after {time.time() - start:.0f} s")
         share_center, share_spread = shares.mean(0), shares.std(0) + 1e-3
-        told = [  # of which something can be said: by relation
-            np.flatnonzero((home_truths[:, i] > 0.5).any((1, 2)))
-            for i in range(home_truths.shape[1])
-        ]
+        # Of which something can be said, by relation
+        told = [np.flatnonzero(truth.any((1, 2))) for truth in np.moveaxis(home_truths > 0.5, 1, 0)]
+        told = [index for index in told if len(index)]
 
     fast_bf16 = torch.cpu._is_avx512_bf16_supported()  # elsewhere it is emulated, and slow
     config = {
