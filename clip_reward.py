@@ -115,7 +115,7 @@ def load_clip(model: str, device: str | torch.device) -> tuple[torch.nn.Module, 
 
 
 def fold_batch_norms(resnet: ModifiedResNet) -> None:
-    """Into the convolutions before them: the same numbers in three quarters of the time."""
+    """Into the convolutions before them: the same embeddings with less work."""
     for block in list(resnet.modules()):
         for conv, norm in (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"), ("0", "1")):
             parts = [getattr(block, name, None) for name in (conv, norm)]
@@ -164,7 +164,7 @@ class CLIPReward(torch.nn.Module):
 
         self.clip, self.tokenizer, self.preprocessing = load_clip(model, device)
         self.clip.requires_grad_(False)
-        self.temperature = 1 / self.clip.logit_scale.exp().item()  # that CLIP's own softmax had
+        self.temperature = 1 / self.clip.logit_scale.exp().item()  # of the loss it was trained with
         if isinstance(self.clip.visual, ModifiedResNet):
             fold_batch_norms(self.clip.visual)
         if compile:

@@ -189,8 +189,9 @@ def check_args(args: Args) -> None:
         check(sentence is None or sentence.strip(), f"--{name} {sentence!r}: write a sentence")
     remedy = f"larger than --buffer-size {args.buffer_size}; lower it"
     require("batch_size", args.batch_size <= args.buffer_size, remedy)
-    remedy = f"less than --num-envs {args.num_envs}; raise it"
-    require("buffer_size", args.num_envs <= args.buffer_size, remedy)
+    least = 3 * args.num_envs  # the replay's shortest ring: s, s' and a next s
+    remedy = f"holds fewer than three steps of each environment; raise it to {least}"
+    require("buffer_size", args.buffer_size >= least, remedy)
     least = 100 * args.num_envs * WORLD_SIZE
     for name in ("eval_every", "checkpoint_every"):
         remedy = f"cuts every episode of 100 steps short; raise it to {least}"
@@ -609,7 +610,8 @@ class Replay:
             f"{memory / 2**30:.1f} GiB; lower it",
         )
         self.data = [torch.zeros(shape, device=device) for shape in shapes]
-        self.start_ring = torch.zeros(self.rows, dtype=torch.int64, device=device)  # as `starts`
+        # The same rows as in `starts`, on the device to sample from
+        self.start_ring = torch.zeros(self.rows, dtype=torch.int64, device=device)
 
     def add(self, s, a, r, s_next, terminated, ended: bool) -> None:
         """s [N, O], a [N, A], r [N], s' [N, O], terminated [N]; whether any episode ended."""

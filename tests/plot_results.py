@@ -18,7 +18,7 @@ import numpy as np
 import tyro
 
 HERE = Path(__file__).resolve().parent
-# In the order of the first paper's table, with its success rates (ViT-bigG-14, 4 million steps).
+# In the order of the first paper's table, with its success rates (ViT-bigG-14).
 PAPER = {
     "kneeling": 100, "lotus": 100, "standing": 100, "arms_raised": 100, "splits": 100,
     "hands_on_hips": 64, "arms_crossed": 0, "one_leg": 0,

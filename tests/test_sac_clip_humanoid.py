@@ -280,6 +280,13 @@ def test_replay_wraps_and_keeps_the_latest():
     assert 22 <= max(ages) < 30  # of 30 rows some hold the last s' of an episode
 
 
+def test_the_shortest_replay_that_is_allowed():
+    replay = Replay(12, 4, 2, 1, "cpu")  # three rows
+    transitions = fill(replay, 50)
+    latest = {tuple(np.float32(t)) for t in transitions[-4:]}
+    assert {tuple(d) for d in sampled(replay, 100)} == latest
+
+
 def test_replay_keeps_each_observation_once():
     """A million transitions of the paper's 348 numbers in 1.6 GB."""
     replay = Replay(10_000, 16, 348, 17, "cpu")
@@ -512,6 +519,7 @@ def test_nan_stops_the_run_and_leaves_the_last_checkpoint(tmp_path, random_clip)
         (["--batch-size", "-1"], ["--batch-size -1"]),
         (["--total-timesteps", "0"], ["--total-timesteps 0"]),
         (["--batch-size", "9000", "--buffer-size", "8000"], ["--batch-size 9000", "8000"]),
+        (["--batch-size", "8", "--buffer-size", "32"], ["--buffer-size 32", "raise it to 48"]),
         (["--learning-starts", "-1"], ["--learning-starts -1"]),
         (["--ent-coef", "0"], ["--ent-coef 0", "greater than 0", "learn it"]),
         (["--updates-per-step", "inf"], ["--updates-per-step inf", "finite"]),

@@ -108,6 +108,22 @@ def test_its_reward_tells_goal_states_from_others(reward):
         assert auc(rewards[:, i].astype(float), labels[:, i]) > 0.9, name
 
 
+def test_training_makes_a_clip_that_loads(tmp_path, capsys):
+    """Both worlds; then a smaller tower, which starts anew and has the first as its teacher."""
+    few = {"states": 300, "homes": 100, "searches": 0, "batch_size": 12, "resolution": 64}
+    for width, start in ((8, None), (4, tmp_path / "8")):
+        args = train_tiny_clip.Args(
+            output=tmp_path / str(width), start=start, width=width, minutes=0.05, **few
+        )
+        train_tiny_clip.main(args)
+        reward = CLIPReward(str(args.output), ["a humanoid robot kneeling", "a red ball"], "a room")
+        frames = np.random.default_rng(0).integers(256, size=(2, 64, 64, 3), dtype=np.uint8)
+        assert reward(frames).isfinite().all()
+        assert reward.preprocessing["size"] in (64, (64, 64))
+        assert {"kneeling", "ball"} <= reward.vocabulary
+    assert re.search(r"\d+ of \d+ parts of it are those of", capsys.readouterr().out)
+
+
 class HerePool:
     """Runs a pool's jobs in this process."""
 

@@ -886,10 +886,8 @@ def main(args: Args) -> None:
         below = features["x"].float().split(sizes)
         total, log = 0, []
         for i, (_, target, _, match) in enumerate(parts):
-            cosine, match = (
-                image_features[i] @ text_features[i].T,
-                torch.from_numpy(match),
-            )  # [B, C]
+            cosine = image_features[i] @ text_features[i].T  # [B, C]
+            match = torch.from_numpy(match)
             loss, rho, right = loss_of(cosine[:, :count], match[:, :count])
             fit = F.mse_loss(heads[i](below[i]), torch.from_numpy(target).float())
             total = total + (loss + 1 - rho + 0.5 * fit) / len(parts)
