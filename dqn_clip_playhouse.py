@@ -367,7 +367,7 @@ FURNITURE = {
 SURFACES = {"bed": (0.33, 0.3, -0.34), "table": (0.425, 0.3, 0.0), "sofa": (0.28, 0.27, -0.12)}
 
 
-EYE, HAND, RADIUS = 0.75, (0.5, 0.6), 0.2  # m: height of the eye; hand: ahead, height; body
+EYE, HAND, RADIUS = 0.75, (0.5, 0.55), 0.2  # m: height of the eye; hand: ahead, height; body
 STRIDE, TURN = 0.2, math.radians(20)  # of one step
 TILTS = tuple(math.radians(degrees) for degrees in (-50, -25, 0))  # of the view
 GRAB_FROM, RELEASE_FROM = (0.4, 0.9), (0.42, 0.58)  # m on the floor, for a sure success
@@ -597,11 +597,11 @@ class PlayhouseEnv(gym.Env):
         )  # fmt: skip
         skin = {"type": shapes.mjGEOM_BOX, "contype": 0, "conaffinity": 0}
         skin |= {"rgba": (0.85, 0.62, 0.48, 1)}
-        agent.add_geom(size=(0.09, 0.02, 0.016), pos=(0.32, -0.16, 0.47), **skin)
-        agent.add_geom(size=(0.045, 0.03, 0.01), pos=(0.44, -0.14, 0.48), **skin)
+        agent.add_geom(size=(0.09, 0.02, 0.016), pos=(0.32, -0.16, 0.42), **skin)
+        agent.add_geom(size=(0.045, 0.03, 0.01), pos=(0.44, -0.14, 0.43), **skin)
         for i, tilt in enumerate(TILTS):  # a camera looks along its -z, with y up
             agent.add_camera(
-                name=f"eye{i}", pos=(0.05, 0, EYE), fovy=80,
+                name=f"eye{i}", pos=(0.05, 0, EYE), fovy=65,
                 xyaxes=(0, -1, 0, -math.sin(tilt), 0, math.cos(tilt)),
             )  # fmt: skip
 
