@@ -1,6 +1,9 @@
 import json
+import os
 import sys
 from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two modules are tested at a time
 
 import open_clip
 import pytest

@@ -13,28 +13,29 @@ import torch
 from whole_runs import ROOT, only_run, scalars
 
 # What each rank ends with is only seen from inside: networks are noted as they are made, and saved
-# when the progress bar is done, before the report loads the best.
+# when the progress bar is done, before the report loads the best. The script's own last lines
+# start it, with what they do about a signal.
 DRIVER = """
-import os, sys
-sys.path.insert(0, {root!r})
-import {module} as script
-import torch
-
+__file__ = {path!r}
+with open(__file__) as file:
+    before, guard, after = file.read().partition('if __name__ == "__main__":')
+exec(compile(before, __file__, "exec"))
 rank, made = os.environ["RANK"], []
-open(f"pid{{rank}}", "w").write(str(os.getpid()))
-for name in {networks}:
-    class Noted(getattr(script, name)):
+with open(f"pid{{rank}}", "w") as file:
+    file.write(str(os.getpid()))
+for network in {networks}:
+    class Noted(globals()[network]):
         def __init__(self, *args):
             super().__init__(*args)
             made.append(self)
-    setattr(script, name, Noted)
-class Bar(script.tqdm):
+    globals()[network] = Noted
+class Bar(tqdm):
     def close(self):
         if not os.path.exists(f"rank{{rank}}.pt"):
             torch.save([network.state_dict() for network in made], f"rank{{rank}}.pt")
         super().close()
-script.tqdm = Bar
-script.main()
+tqdm = Bar
+exec(compile(guard + after, __file__, "exec"))
 """
 SCRIPTS = {
     "sac_clip_humanoid": (
@@ -56,11 +57,13 @@ SCRIPTS = {
 
 def torchrun(folder: Path, script: str, *flags: str | Path) -> subprocess.Popen:
     driver = folder / "driver.py"
-    driver.write_text(DRIVER.format(root=str(ROOT), module=script, networks=SCRIPTS[script][0]))
+    path = str(ROOT / f"{script}.py")
+    driver.write_text(DRIVER.format(path=path, networks=SCRIPTS[script][0]))
     return subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
          driver, *flags],
         cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
 
 

@@ -38,12 +38,13 @@ def start(script: str, folder: Path, *flags: str) -> subprocess.Popen:
 
 def kill_after_a_checkpoint(script: str, folder: Path, *flags: str) -> Path:
     """A run's folder after SIGKILL, between two checkpoints; none of its workers lives on."""
-    process = start(script, folder, *flags, "--exp-name", folder.name)
+    name = f"{folder.name}-{script}"  # two scripts may be tested at a time
+    process = start(script, folder, *flags, "--exp-name", name)
     time.sleep(1)
     process.send_signal(signal.SIGKILL)
     process.wait()
     deadline = time.time() + 30  # for the workers to see that their parent is gone
-    while subprocess.run(["pgrep", "-f", f"exp-name {folder.name}"]).returncode == 0:
+    while subprocess.run(["pgrep", "-f", f"exp-name {name}"]).returncode == 0:
         assert time.time() < deadline
         time.sleep(0.2)
     return only_run(folder)
