@@ -40,6 +40,7 @@ WORDINGS = {
 }  # fmt: skip
 ROOMS = ["a room", "a room with toys", "inside a home", "a home", "a photo of a room"]
 RELATIONS = list(WORDINGS)
+CELLS = 9  # of a frame, in each direction
 
 
 class Meaning(NamedTuple):
@@ -110,10 +111,12 @@ class HomeStudio:
     def __init__(self, size: int, seed: int):
         self.env = PlayhouseEnv("rgb_array", goals=GOALS, width=size, height=size)
         self.rng = np.random.default_rng(seed)
+        rows, columns = np.indices((size, size)) * CELLS // size
+        self.cells = rows * CELLS + columns  # [H, W], which one a pixel lies in
 
     def states(self, count: int, per_home: int = 25):
-        """frames [n, H, W, 3] uint8, truths [n, R, C, K] float32, shares [n, S] float32: of the
-        frame's pixels, of each colour, kind and place, as square roots."""
+        """frames [n, H, W, 3] uint8, truths [n, R, C, K] float32, shares [n, S, 9, 9] float32: of
+        each cell's pixels, of each toy colour, toy kind and place."""
         shots = []
         while len(shots) < count:
             self.env.reset(seed=int(self.rng.integers(2**31)))
@@ -206,13 +209,13 @@ class HomeStudio:
         renderer.disable_segmentation_rendering()
         bodies = np.where(geoms >= 0, env.model.geom_bodyid[geoms], -1)
         truth = np.zeros((len(RELATIONS), len(COLOURS), len(KINDS)), np.float32)
-        shares = np.zeros(len(COLOURS) + len(KINDS) + len(PLACES), np.float32)
+        pixels = np.zeros((len(COLOURS) + len(KINDS) + len(PLACES), CELLS**2))
         for toy, (colour, kind) in enumerate(env.toys):
             c, k = list(COLOURS).index(colour), KINDS.index(kind)
-            seen = np.argwhere(bodies == env._toy_bodies[toy].id) / bodies.shape  # [P, 2] in [0, 1]
+            its = bodies == env._toy_bodies[toy].id
+            seen = np.argwhere(its) / bodies.shape  # [P, 2] in [0, 1]
             share = len(seen) / bodies.size
-            shares[c] += share
-            shares[len(COLOURS) + k] += share
+            pixels[[c, len(COLOURS) + k]] += self._in_cells(its)
             if share == 0:
                 continue
             position = env.toy_position(toy)
@@ -230,8 +233,14 @@ class HomeStudio:
                     self._lies(toy, place), soft(share, 0.001, 0.003)
                 )
         for i, place in enumerate(PLACES):
-            shares[len(COLOURS) + len(KINDS) + i] = (bodies == env.model.body(place).id).mean()
-        return frame, truth, np.sqrt(shares)
+            its = bodies == env.model.body(place).id
+            pixels[len(COLOURS) + len(KINDS) + i] = self._in_cells(its)
+        shares = pixels / np.bincount(self.cells.ravel())
+        return frame, truth, shares.reshape(-1, CELLS, CELLS).astype(np.float32)
+
+    def _in_cells(self, mask: np.ndarray) -> np.ndarray:
+        """How many pixels of a mask [H, W] lie in each cell: [81]."""
+        return np.bincount(self.cells[mask], minlength=CELLS**2)
 
     def _lies(self, toy: int, place: str) -> float:
         """By where the toy is over the place's footprint, and how high."""

@@ -720,7 +720,9 @@ def main(args: Args) -> None:
         home_jobs = [(args.resolution, *job) for job in jobs(args.homes)]
         home_frames, home_truths, shares = run_jobs(pool, new_homes, home_jobs)
         print(f"{len(home_frames)} states of homes after {time.time() - start:.0f} s")
-        share_center, share_spread = shares.mean(0), shares.std(0) + 1e-3
+        shares = np.sqrt(shares)  # a toy's share of a cell is mostly small, or nothing
+        over = {"axis": (0, 2, 3), "keepdims": True}
+        share_center, share_spread = shares.mean(**over)[0], shares.std(**over)[0] + 1e-3
         # Of which something can be said, by relation
         told = [np.flatnonzero(truth.any((1, 2))) for truth in np.moveaxis(home_truths > 0.5, 1, 0)]
         told = [index for index in told if len(index)]
@@ -758,19 +760,27 @@ def main(args: Args) -> None:
         if len(fits) < len(weights):
             teacher = open_clip.create_model(f"local-dir:{args.start}").eval()
     bias = torch.nn.Parameter(torch.tensor(-4.0))
-    features = {}  # of the image tower, before the embedding
-    last = model.visual.ln_post if args.tower == "vit" else model.visual.layer4
-    last.register_forward_hook(
-        lambda module, inputs, output: features.update(
-            x=output[:, 0] if output.ndim == 3 else output.flatten(1)  # of tokens, the first
-        )
-    )
+    # Besides the captions' losses, heads that are not kept read from the features before the
+    # embedding where the body's points are, and from the map before that, where a home's toys are.
+    features, visual = {}, model.visual
+    if args.tower == "vit":
+
+        def keep(module, inputs, output):  # tokens [B, 1 + L, W], the first for the whole image
+            side = math.isqrt(output.shape[1] - 1)
+            features["image"] = output[:, 0]
+            features["map"] = output[:, 1:].transpose(1, 2).unflatten(2, (side, side))
+
+        visual.ln_post.register_forward_hook(keep)
+    else:
+        visual.layer3.register_forward_hook(lambda *call: features.update(map=call[2]))
+        visual.layer4.register_forward_hook(lambda *call: features.update(image=call[2].flatten(1)))
     with torch.no_grad():
         model.eval()  # these zeros are no statistics
         model.encode_image(torch.zeros(1, 3, args.resolution, args.resolution))
         model.train()
-    targets = [len(center), len(share_center)] if args.homes else [len(center)]
-    heads = [torch.nn.Linear(features["x"].shape[1], n) for n in targets]
+    heads = [torch.nn.Linear(features["image"].shape[1], len(center))]
+    if args.homes:
+        heads.append(torch.nn.Conv2d(features["map"].shape[1], shares.shape[1], 1))
     optimizer = torch.optim.AdamW(
         [*model.parameters(), *(p for head in heads for p in head.parameters()), bias],
         lr=args.learning_rate,
@@ -834,10 +844,14 @@ def main(args: Args) -> None:
 
     def softmax_loss(cosine: torch.Tensor, match: torch.Tensor) -> torch.Tensor:
         """CLIP's own loss, from image to text, over the goals of a family [B, G]. Where none of
-        them is true all are as likely, so that a toy far away does not count as found."""
-        truth = match + (1 - match.amax(1, keepdim=True)) / match.shape[1]
+        them is true all are as likely, so that a toy far away does not count as found. Images with
+        a true goal weigh as much as the others."""
+        some = match.amax(1)  # [B]
+        truth = match + (1 - some)[:, None] / match.shape[1]
         truth = truth / truth.sum(1, keepdim=True)
-        return F.cross_entropy(model.logit_scale.exp() * cosine, truth)
+        loss = F.cross_entropy(model.logit_scale.exp() * cosine, truth, reduction="none")
+        weight = some / some.sum().clamp(min=4) + (1 - some) / (1 - some).sum().clamp(min=4)
+        return (weight * loss).sum() / 2
 
     def loss_of(cosine: torch.Tensor, match: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """From [B, C]: the sigmoid loss, the correlation with the truth, how many are right."""
@@ -883,14 +897,17 @@ def main(args: Args) -> None:
             text_features = model.encode_text(tokenizer(captions)).float()
         image_features = F.normalize(image_features, dim=-1).split(sizes)
         text_features = F.normalize(text_features, dim=-1).split([len(part[2]) for part in parts])
-        below = features["x"].float().split(sizes)
+        below = [features["image"][: sizes[0]].float()]
+        if args.homes:
+            cells = (home_states.CELLS, home_states.CELLS)
+            below.append(F.interpolate(features["map"][sizes[0] :].float(), cells))
         total, log = 0, []
         for i, (_, target, _, match) in enumerate(parts):
             cosine = image_features[i] @ text_features[i].T  # [B, C]
             match = torch.from_numpy(match)
             loss, rho, right = loss_of(cosine[:, :count], match[:, :count])
             fit = F.mse_loss(heads[i](below[i]), torch.from_numpy(target).float())
-            total = total + (loss + 1 - rho + 0.5 * fit) / len(parts)
+            total = total + (loss + 1 - rho + fit) / len(parts)
             log.append(f"loss {loss:.3f}, right {right:.3f}, rho {rho:.3f}, head {fit:.3f}")
             if i == 1:  # of homes: goals follow the random captions, family by family
                 families = [count, *map(len, home_states.GOALS_OF.values())]
