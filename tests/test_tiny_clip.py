@@ -13,6 +13,7 @@ import numpy as np
 import train_tiny_clip
 from clip_accuracy import Generator, auc
 from clip_reward import CLIPReward
+from home_states import CELLS, COLOURS, KINDS, RELATIONS, HomeStudio
 from train_tiny_clip import (
     ARMS,
     ATTRIBUTES,
@@ -109,11 +110,12 @@ def test_its_reward_tells_goal_states_from_others(reward):
 
 
 def test_training_makes_a_clip_that_loads(tmp_path, capsys):
-    """Both worlds; then a smaller tower, which starts anew and has the first as its teacher."""
+    """Both worlds; then another tower, which starts anew and has the first as its teacher."""
     few = {"states": 300, "homes": 100, "searches": 0, "batch_size": 12, "resolution": 64}
-    for width, start in ((8, None), (4, tmp_path / "8")):
+    vit = {"start": tmp_path / "resnet", "width": 64, "layers": (1,), "patch": 16}
+    for tower, flags in (("resnet", {"width": 8}), ("vit", vit)):
         args = train_tiny_clip.Args(
-            output=tmp_path / str(width), start=start, width=width, minutes=0.05, **few
+            output=tmp_path / tower, tower=tower, minutes=0.05, **flags, **few
         )
         train_tiny_clip.main(args)
         reward = CLIPReward(str(args.output), ["a humanoid robot kneeling", "a red ball"], "a room")
@@ -122,6 +124,20 @@ def test_training_makes_a_clip_that_loads(tmp_path, capsys):
         assert reward.preprocessing["size"] in (64, (64, 64))
         assert {"kneeling", "ball"} <= reward.vocabulary
     assert re.search(r"\d+ of \d+ parts of it are those of", capsys.readouterr().out)
+
+
+def test_cells_say_where_toys_are():
+    studio = HomeStudio(144, seed=1)
+    mask = np.zeros((144, 144), bool)
+    mask[16:32, 120:144] = True
+    counts = studio._in_cells(mask).reshape(CELLS, CELLS)
+    assert counts[1, 8] == 256 and counts[1, 7] == 128 and counts.sum() == mask.sum()
+    _, truths, shares = studio.states(20, per_home=5)
+    colours, kinds = shares[:, : len(COLOURS)], shares[:, len(COLOURS) :][:, : len(KINDS)]
+    np.testing.assert_allclose(colours.sum(1), kinds.sum(1), atol=1e-6)  # each toy has both
+    assert shares.min() >= 0 and 0.5 < shares.max() <= 1
+    found = truths[:, RELATIONS.index("find")].max((1, 2)) > 0.5
+    assert found.any() and (colours[found][..., 2:7, 2:7].sum((1, 2, 3)) > 0).all()  # central
 
 
 class HerePool:
