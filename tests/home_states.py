@@ -17,11 +17,13 @@ from dqn_clip_playhouse import (  # first: it tells MuJoCo how to render
     FAMILIES,
     FURNITURE,
     GOALS,
+    HELDOUT_GOALS,
     HELDOUT_TOYS,
     KINDS,
     PLACES,
     TOYS,
     TRAIN_GOALS,
+    Goal,
     PlayhouseEnv,
     about_z,
 )
@@ -51,14 +53,17 @@ class Meaning(NamedTuple):
     kind: str | None
 
 
-GOALS_OF = {
-    family: [
-        Meaning(goal.place or family, goal.colour, goal.kind)
-        for goal in TRAIN_GOALS
-        if goal.family == family
-    ]
-    for family in FAMILIES
-}
+def goals_of(family: str, goals: tuple[Goal, ...]) -> list[Meaning]:
+    return [Meaning(g.place or family, g.colour, g.kind) for g in goals if g.family == family]
+
+
+# Captions that a frame is to be told by: the goals of a family; and of each relation the colours
+# and the kinds, which speak of the held-out toys too without naming them.
+CHOICES = [goals_of(family, TRAIN_GOALS) for family in FAMILIES]
+for relation in RELATIONS:
+    CHOICES.append([Meaning(relation, colour, None) for colour in COLOURS])
+    CHOICES.append([Meaning(relation, None, kind) for kind in KINDS])
+UNNAMED = [goals_of(family, HELDOUT_GOALS) for family in FAMILIES]
 
 
 def caption(meaning: Meaning | None, rng: np.random.Generator) -> str:

@@ -13,7 +13,8 @@ import numpy as np
 import train_tiny_clip
 from clip_accuracy import Generator, auc
 from clip_reward import CLIPReward
-from home_states import CELLS, COLOURS, KINDS, RELATIONS, HomeStudio
+import torch
+from home_states import CELLS, CHOICES, COLOURS, HELDOUT_TOYS, KINDS, RELATIONS, UNNAMED, HomeStudio
 from train_tiny_clip import (
     ARMS,
     ATTRIBUTES,
@@ -111,7 +112,7 @@ def test_its_reward_tells_goal_states_from_others(reward):
 
 def test_training_makes_a_clip_that_loads(tmp_path, capsys):
     """Both worlds; then another tower, which starts anew and has the first as its teacher."""
-    few = {"states": 300, "homes": 100, "searches": 0, "batch_size": 12, "resolution": 64}
+    few = {"states": 300, "homes": 100, "searches": 0, "batch_size": 12, "resolution": 72}
     vit = {"start": tmp_path / "resnet", "width": 64, "layers": (1,), "patch": 16}
     for tower, flags in (("resnet", {"width": 8}), ("vit", vit)):
         args = train_tiny_clip.Args(
@@ -121,7 +122,7 @@ def test_training_makes_a_clip_that_loads(tmp_path, capsys):
         reward = CLIPReward(str(args.output), ["a humanoid robot kneeling", "a red ball"], "a room")
         frames = np.random.default_rng(0).integers(256, size=(2, 64, 64, 3), dtype=np.uint8)
         assert reward(frames).isfinite().all()
-        assert reward.preprocessing["size"] in (64, (64, 64))
+        assert reward.preprocessing["size"] in (72, (72, 72))
         assert {"kneeling", "ball"} <= reward.vocabulary
     assert re.search(r"\d+ of \d+ parts of it are those of", capsys.readouterr().out)
 
@@ -138,6 +139,33 @@ def test_cells_say_where_toys_are():
     assert shares.min() >= 0 and 0.5 < shares.max() <= 1
     found = truths[:, RELATIONS.index("find")].max((1, 2)) > 0.5
     assert found.any() and (colours[found][..., 2:7, 2:7].sum((1, 2, 3)) > 0).all()  # central
+
+
+def test_close_ups_show_their_toy():
+    shares = np.zeros((2, len(COLOURS) + len(KINDS) + 3, CELLS, CELLS), np.float32)
+    shares[1, len(COLOURS) + 2, 4:6, 6:9] = 0.5  # a duck at the right edge
+    shares[0, len(COLOURS) + 2, 0, 0] = 0.3  # too little of one
+    ((duck,),) = train_tiny_clip.closeups(torch.from_numpy(shares))
+    assert duck[0] == 1 and duck[1] in (3, 4) and duck[2] == 6
+
+
+def test_choices_never_name_a_held_out_toy():
+    named = {(m.colour, m.kind) for choice in CHOICES for m in choice}
+    hidden = {(m.colour, m.kind) for family in UNNAMED for m in family}
+    assert hidden == set(HELDOUT_TOYS) and not named & hidden
+    assert {colour for colour, _ in named} >= set(COLOURS)
+    assert {kind for _, kind in named} >= set(KINDS)
+
+
+def test_the_softmax_loss_follows_the_truth_and_leaves_unnamed_toys_alone():
+    logits = torch.tensor([[3.0, 0.0], [0.0, 3.0], [5.0, 0.0]], requires_grad=True)
+    match = torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.0, 0.0]])  # the third shows an unnamed toy
+    loss = train_tiny_clip.softmax_loss(logits, match, torch.tensor([0.0, 0.0, 1.0]))
+    true = -torch.log_softmax(logits[0], 0)[0]
+    neither = -torch.log_softmax(logits[1], 0).mean()
+    assert loss.item() == pytest.approx((true / 4 + neither / 4).item() / 2)
+    loss.backward()
+    assert logits.grad[0, 0] < 0 < logits.grad[1, 1] and not logits.grad[2].any()
 
 
 class HerePool:

@@ -55,7 +55,7 @@ class Args:
     states: int = 90_000
     """rendered states of the humanoid"""
     homes: int = 0
-    """rendered states of the playhouse, two thirds of each batch; 0 leaves them out"""
+    """states of the playhouse, two thirds of each batch with close-ups; 0 leaves them out"""
     agents: tuple[Path, ...] = ()
     """runs of sac_clip_humanoid.py: what their agents reach is trained on too"""
     searches: int = 7
@@ -720,12 +720,13 @@ def main(args: Args) -> None:
         home_jobs = [(args.resolution, *job) for job in jobs(args.homes)]
         home_frames, home_truths, shares = run_jobs(pool, new_homes, home_jobs)
         print(f"{len(home_frames)} states of homes after {time.time() - start:.0f} s")
+        near = closeups(torch.from_numpy(shares))
         shares = np.sqrt(shares)  # a toy's share of a cell is mostly small, or nothing
         over = {"axis": (0, 2, 3), "keepdims": True}
         share_center, share_spread = shares.mean(**over)[0], shares.std(**over)[0] + 1e-3
         # Of which something can be said, by relation
         told = [np.flatnonzero(truth.any((1, 2))) for truth in np.moveaxis(home_truths > 0.5, 1, 0)]
-        told = [index for index in told if len(index)]
+        told = [index for index in [told[0], told[0], *told] if len(index)]  # find is the hardest
 
     fast_bf16 = torch.cpu._is_avx512_bf16_supported()  # elsewhere it is emulated, and slow
     config = {
@@ -836,22 +837,30 @@ def main(args: Args) -> None:
         for i in range(0, size, 2):  # half of it: a balanced choice of relations
             index[i] = rng.choice(told[rng.integers(len(told))])
         meanings = home_states.sample_meanings(home_truths[index], count, rng)
-        meanings += [meaning for family in home_states.GOALS_OF.values() for meaning in family]
+        meanings += [meaning for choice in home_states.CHOICES for meaning in choice]
         captions = [home_states.caption(meaning, rng) for meaning in meanings]
         match = np.stack([home_states.truth_of(m, home_truths[index]) for m in meanings], 1)
+        unnamed = np.zeros((size, len(home_states.CHOICES)), np.float32)
+        for i, family in enumerate(home_states.UNNAMED):
+            truths = [home_states.truth_of(m, home_truths[index]) for m in family]
+            unnamed[:, i] = np.max(truths, 0)
         target = (shares[index] - share_center) / share_spread
-        return prepare(home_frames[index]), target, captions, match
+        return (prepare(home_frames[index]), target, captions, match), torch.from_numpy(unnamed)
 
-    def softmax_loss(cosine: torch.Tensor, match: torch.Tensor) -> torch.Tensor:
-        """CLIP's own loss, from image to text, over the goals of a family [B, G]. Where none of
-        them is true all are as likely, so that a toy far away does not count as found. Images with
-        a true goal weigh as much as the others."""
-        some = match.amax(1)  # [B]
-        truth = match + (1 - some)[:, None] / match.shape[1]
-        truth = truth / truth.sum(1, keepdim=True)
-        loss = F.cross_entropy(model.logit_scale.exp() * cosine, truth, reduction="none")
-        weight = some / some.sum().clamp(min=4) + (1 - some) / (1 - some).sum().clamp(min=4)
-        return (weight * loss).sum() / 2
+    def mosaic_part(size: int):
+        """Nine close-ups of toys in each image, at the size that they have in their frames: most
+        of a frame is walls, and the head learns from a toy in any place."""
+        block, targets = args.resolution * 3 // home_states.CELLS, []
+        images = np.empty((size, 3, block, 3, block, 3), np.uint8)
+        for i, row, column in np.ndindex(size, 3, 3):
+            kind = near[rng.integers(len(near))]
+            shot, y, x = kind[rng.integers(len(kind))]
+            top, left = y * block // 3, x * block // 3
+            images[i, row, :, column] = home_frames[shot, top : top + block, left : left + block]
+            targets.append((shares[shot, :, y : y + 3, x : x + 3] - share_center) / share_spread)
+        grid = np.stack(targets).reshape(size, 3, 3, -1, 3, 3).transpose(0, 3, 1, 4, 2, 5)
+        target = grid.reshape(size, -1, home_states.CELLS, home_states.CELLS)
+        return prepare(images.reshape(size, 3 * block, 3 * block, 3)), target
 
     def loss_of(cosine: torch.Tensor, match: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """From [B, C]: the sigmoid loss, the correlation with the truth, how many are right."""
@@ -886,14 +895,19 @@ def main(args: Args) -> None:
         # One batch of both, so that a resnet's batch statistics are those it will be used with.
         third, count = args.batch_size // 3, args.captions // len(heads)
         parts = [humanoid_part(third if args.homes else args.batch_size, count)]
+        images, targets = [parts[0][0]], [parts[0][1]]
         if args.homes:
-            parts.append(home_part(args.batch_size - third, count))
-        sizes = [len(part[0]) for part in parts]
+            part, unnamed = home_part(args.batch_size - third - args.batch_size // 4, count)
+            parts.append(part)
+            mosaics, cells = mosaic_part(args.batch_size // 4)
+            images += [parts[1][0], mosaics]
+            targets.append(np.concatenate([parts[1][1], cells]))
+        sizes = [len(part) for part in images]
         captions = [text for part in parts for text in part[2]]
         words.update(re.findall(r"[a-z]+", " ".join(captions).lower()))
         # The flash kernel's backward pass is 4 times slower on a CPU at this few tokens.
         with torch.autocast("cpu", torch.bfloat16, enabled=fast_bf16), sdpa_kernel(SDPBackend.MATH):
-            image_features = encode_image(torch.cat([part[0] for part in parts])).float()
+            image_features = encode_image(torch.cat(images)).float()
             text_features = model.encode_text(tokenizer(captions)).float()
         image_features = F.normalize(image_features, dim=-1).split(sizes)
         text_features = F.normalize(text_features, dim=-1).split([len(part[2]) for part in parts])
@@ -902,19 +916,23 @@ def main(args: Args) -> None:
             cells = (home_states.CELLS, home_states.CELLS)
             below.append(F.interpolate(features["map"][sizes[0] :].float(), cells))
         total, log = 0, []
-        for i, (_, target, _, match) in enumerate(parts):
+        for i, (*_, match) in enumerate(parts):
             cosine = image_features[i] @ text_features[i].T  # [B, C]
             match = torch.from_numpy(match)
             loss, rho, right = loss_of(cosine[:, :count], match[:, :count])
-            fit = F.mse_loss(heads[i](below[i]), torch.from_numpy(target).float())
+            target = torch.from_numpy(targets[i]).float()
+            fit = F.mse_loss(heads[i](below[i]), target) / target.square().mean()
             total = total + (loss + 1 - rho + fit) / len(parts)
             log.append(f"loss {loss:.3f}, right {right:.3f}, rho {rho:.3f}, head {fit:.3f}")
-            if i == 1:  # of homes: goals follow the random captions, family by family
-                families = [count, *map(len, home_states.GOALS_OF.values())]
-                pairs = list(zip(cosine.split(families, 1), match.split(families, 1), strict=True))
-                losses = [softmax_loss(*pair) for pair in pairs[1:]]
-                total = total + sum(losses) / len(parts)
-                log.append("softmax " + ", ".join(f"{loss:.3f}" for loss in losses))
+            if i == 1:  # of homes: the choices follow the random captions
+                choices = [count, *map(len, home_states.CHOICES)]
+                logits = (model.logit_scale.exp() * cosine).split(choices, 1)[1:]
+                of_each = zip(logits, match.split(choices, 1)[1:], unnamed.T, strict=True)
+                losses = [softmax_loss(*each) for each in of_each]
+                families = losses[: len(home_states.UNNAMED)]
+                rest = losses[len(families) :]
+                total = total + (sum(families) + 3 * sum(rest) / len(rest)) / len(parts)
+                log.append("softmax " + ", ".join(f"{loss:.3f}" for loss in [*families, sum(rest)]))
         if teacher is not None:
             with torch.no_grad():
                 seen = F.normalize(teacher.encode_image(parts[0][0]), dim=-1)
@@ -932,6 +950,35 @@ def main(args: Args) -> None:
             save(args.output, model, config, words)
     save(args.output, model, config, words)
     pool.terminate()
+
+
+def softmax_loss(logits: torch.Tensor, match: torch.Tensor, unnamed: torch.Tensor) -> torch.Tensor:
+    """CLIP's own loss, from image to text, over a choice of captions [B, C].
+
+    Where none of them is true all are as likely, so that a toy far away does not count as found.
+    Images with a true one weigh as much as the others. Where a toy is shown that none may name
+    (`unnamed` [B] is 1) an image weighs nothing, lest the CLIP learns that this toy is none.
+    """
+    some = match.amax(1)  # [B]
+    truth = match + (1 - some)[:, None] / match.shape[1]
+    truth = truth / truth.sum(1, keepdim=True)
+    loss = F.cross_entropy(logits, truth, reduction="none")
+    yes, no = (weight * (1 - unnamed) for weight in (some, 1 - some))
+    return ((yes / yes.sum().clamp(min=4) + no / no.sum().clamp(min=4)) * loss).sum() / 2
+
+
+def closeups(shares: torch.Tensor) -> list[np.ndarray]:
+    """Where each kind of toy is seen well: state, row and column of the 3 x 3 cells that show the
+    most of it [n, 3]; from shares [n, S, 9, 9] of colours, kinds and places."""
+    kinds = shares[:, len(home_states.COLOURS) :][:, : len(home_states.KINDS)]
+    seen = F.avg_pool2d(kinds, 3, 1)  # [n, K, 7, 7]
+    best, cell = seen.flatten(2).max(-1)
+    found = []
+    for kind in range(len(home_states.KINDS)):
+        states = torch.where(best[:, kind] > 0.05)[0]  # half a cell: about what counts as found
+        place, side = cell[states, kind], seen.shape[-1]
+        found.append(torch.stack([states, place // side, place % side], 1).numpy())
+    return [rows for rows in found if len(rows)]
 
 
 def save(folder: Path, model: torch.nn.Module, config: dict, words: set[str]) -> None:
