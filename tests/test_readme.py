@@ -81,6 +81,8 @@ def test_command(command, folder, first_run):
         assert "tests/test_readme.py" in run(command, ROOT, "--collect-only").stdout
     elif "clip_accuracy" in command:
         run(command, folder, "--states", "500", "--output", str(folder / "accuracy.json"))
+    elif "home_accuracy" in command:
+        run(command, folder, "--homes", "8", "--output", str(folder / "homes.json"))
     elif command == "python sac_clip_humanoid.py":
         assert json.loads((first_run / "report.json").read_text())  # this one it was
     elif "benchmark" in command:
