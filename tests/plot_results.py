@@ -108,7 +108,7 @@ def precision_recall(load: Callable[[str], dict]) -> plt.Figure:
     ):
         for family, numbers in families.items():
             points = [p for p in numbers["over_beta"].values() if p["precision"] is not None]
-            label = f"{family}, AP {numbers['average_precision']:.2f}"
+            label = f"{family}, AP in view {numbers['average_precision_in_view']:.2f}"
             recall, precision = ([p[k] for p in points] for k in ("recall_in_view", "precision"))
             axis.plot(recall, precision, "o-", ms=3, color=FAMILIES[family], label=label)
         axis.set(xlabel="recall, of what is in view", xlim=(0, 1.02), ylim=(0, 1.02))

@@ -35,7 +35,7 @@ def test_figures_are_drawn_from_what_is_there(tmp_path, capsys):
         "0.5": {"precision": 0.9, "recall_in_view": 0.8},
         "0.9": {"precision": None, "recall_in_view": 0.0},
     }
-    family = {"average_precision": 0.9, "over_beta": over_beta}
+    family = {"average_precision_in_view": 0.9, "over_beta": over_beta}
     families = dict.fromkeys(plot_results.FAMILIES, family)
     write("home_accuracy", {"alphas": {"0": {"train": families, "heldout": families}}})
     plot_results.main(args)
