@@ -33,6 +33,7 @@ SHORT = [
 SHORT_DQN = [
     "--total-timesteps", "400", "--num-envs", "2", "--learning-starts", "100",
     "--eval-episodes", "2", "--final-episodes", "2", "--batch-size", "16",
+    "--calibration-episodes", "2",
 ]  # fmt: skip
 
 
