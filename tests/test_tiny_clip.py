@@ -141,6 +141,11 @@ def test_cells_say_where_toys_are():
     assert found.any() and (colours[found][..., 2:7, 2:7].sum((1, 2, 3)) > 0).all()  # central
 
 
+def test_frames_that_do_not_divide_into_cells_are_refused_in_one_line():
+    with pytest.raises(SystemExit, match="--resolution 100: .* multiple of 9"):
+        train_tiny_clip.main(train_tiny_clip.Args(homes=100, resolution=100))
+
+
 def test_close_ups_show_their_toy():
     shares = np.zeros((2, len(COLOURS) + len(KINDS) + 3, CELLS, CELLS), np.float32)
     shares[1, len(COLOURS) + 2, 4:6, 6:9] = 0.5  # a duck at the right edge

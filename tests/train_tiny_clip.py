@@ -697,6 +697,8 @@ def overrated_states(
 
 
 def main(args: Args) -> None:
+    if args.homes and args.resolution % home_states.CELLS:
+        sys.exit(f"--resolution {args.resolution}: with --homes take a multiple of 9, as 144")
     rng = np.random.default_rng(args.seed)
     torch.manual_seed(args.seed)
     start = time.time()
@@ -899,9 +901,9 @@ def main(args: Args) -> None:
         if args.homes:
             part, unnamed = home_part(args.batch_size - third - args.batch_size // 4, count)
             parts.append(part)
-            mosaics, cells = mosaic_part(args.batch_size // 4)
+            mosaics, shown = mosaic_part(args.batch_size // 4)
             images += [parts[1][0], mosaics]
-            targets.append(np.concatenate([parts[1][1], cells]))
+            targets.append(np.concatenate([parts[1][1], shown]))
         sizes = [len(part) for part in images]
         captions = [text for part in parts for text in part[2]]
         words.update(re.findall(r"[a-z]+", " ".join(captions).lower()))
