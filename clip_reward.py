@@ -133,7 +133,8 @@ class CLIPReward(torch.nn.Module):
     `baseline`: a prompt for what all goals have in common, such as "a humanoid robot"
     `alpha`: strength of the goal-baseline regularisation, 0 to 1
     `precision`: `fp32`, or `bf16` autocast for the frames (prompts are encoded once, in float32)
-    `batch_size`: frames per pass through CLIP; bounds the memory, not the number of frames
+    `batch_size`: frames per pass through CLIP; bounds the memory, not the number of frames. Unset
+        it is 128, and 32 on a CPU, whose caches hold a small CLIP's features of so many
     `compile`: torch.compile the image tower
 
     Raises ValueError for a model that cannot be loaded, a value out of range, and, while alpha > 0,
@@ -148,7 +149,7 @@ class CLIPReward(torch.nn.Module):
         alpha: float = 0.0,
         device: str | torch.device = "cpu",
         precision: Literal["fp32", "bf16"] = "fp32",
-        batch_size: int = 128,
+        batch_size: int | None = None,
         compile: bool = False,
     ):
         super().__init__()
@@ -156,7 +157,7 @@ class CLIPReward(torch.nn.Module):
             raise ValueError(f"--alpha {alpha}: must be from 0 (plain cosine) to 1")
         if precision not in ("fp32", "bf16"):
             raise ValueError(f"precision {precision!r}: must be fp32 or bf16")
-        if batch_size < 1:
+        if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size {batch_size}: must be at least 1")
         if isinstance(goals, str) or not goals:
             raise ValueError(f"goals {goals!r}: must be a sequence of at least one prompt")
@@ -222,8 +223,9 @@ class CLIPReward(torch.nn.Module):
         device = self.goal.device
         frames = frames.to(device)
         s = torch.empty(len(frames), self.goal.shape[-1], device=device)  # [B, D]
-        for start in range(0, len(frames), self.batch_size):
-            chunk = slice(start, start + self.batch_size)
+        size = self.batch_size or (32 if device.type == "cpu" else 128)
+        for start in range(0, len(frames), size):
+            chunk = slice(start, start + size)
             images = self.preprocess(frames[chunk])
             with torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16"):
                 embeddings = self.clip.encode_image(images)
