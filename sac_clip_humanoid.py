@@ -87,7 +87,7 @@ class Args:
     seed: int = 1  # of networks, action noise, replay and every reset
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where CLIP, networks and replay live; auto takes CUDA if there is one"""
-    total_timesteps: int = 300_000  # environment steps, over all environments of all ranks
+    total_timesteps: int = 256_000  # environment steps, over all environments of all ranks
     num_envs: int = 16  # worker processes of each rank, one humanoid in each
     eval_every: int = 16_000
     """env steps between evaluations and videos; running episodes are cut short there"""
@@ -139,7 +139,7 @@ class Args:
     buffer_size: int = 1_000_000  # transitions in the replay of each rank
     learning_starts: int = 5_000  # env steps of uniformly random actions before the first update
     updates_per_step: float = 0.5  # gradient updates per environment step of all ranks
-    batch_size: int = 256  # transitions per update and rank
+    batch_size: int = 128  # transitions per update and rank
     learning_rate: float = 6e-4  # of actor, critics and temperature
     anneal_lr: bool = True
     """lower the learning rates linearly to 0 at --total-timesteps; a resume with another one bends
@@ -440,6 +440,7 @@ class HumanoidEnv(MujocoHumanoid):
         # CLIP sees a small frame: what it cannot resolve is not worth rendering.
         quality = spec.visual.quality
         quality.numslices, quality.numstacks, quality.offsamples = 8, 4, 0
+        spec.geom("floor").size[2] = 20  # of its squares: the usual 0.125 draws 40,000 of them
         spec.visual.global_.offwidth, spec.visual.global_.offheight = self.width, self.height
         model = spec.compile()
         return model, mujoco.MjData(model)
@@ -961,17 +962,18 @@ def main() -> None:
     critic = TwinQ(obs_dim, act_dim, args.hidden, args.layer_norm).to(device)
     target = copy.deepcopy(critic).requires_grad_(False)
     ent_coef = args.ent_coef or args.initial_ent_coef
-    log_ent_coef = torch.tensor(math.log(ent_coef), device=device, requires_grad=True)
+    learns_ent_coef = args.ent_coef is None
+    log_ent_coef = torch.tensor(math.log(ent_coef), device=device, requires_grad=learns_ent_coef)
     target_entropy = -float(act_dim)
     adam = {"lr": args.learning_rate, "fused": True}
     critic_optimizer = torch.optim.Adam(critic.parameters(), **adam)
-    actor_optimizer = torch.optim.Adam(actor.parameters(), **adam)
-    ent_coef_optimizer = torch.optim.Adam([log_ent_coef], **adam)
+    # SAC's temperature too: its loss and the actor's share no gradient, so one pass serves both.
+    actor_weights = [*actor.parameters()] + [log_ent_coef] * learns_ent_coef
+    actor_optimizer = torch.optim.Adam(actor_weights, **adam)
     generator = torch.Generator(device).manual_seed(reset_seed(args.seed, NOISE, RANK))
     learned = {
         "normaliser": normaliser, "actor": actor, "critic": critic, "target": target,
         "critic_optimizer": critic_optimizer, "actor_optimizer": actor_optimizer,
-        "ent_coef_optimizer": ent_coef_optimizer,
     }  # fmt: skip
 
     def start_clip() -> None:
@@ -1127,7 +1129,7 @@ def main() -> None:
         ready = step >= args.learning_starts and replay.head > 0  # the first scores come late
         due = updates_by(step + stride) - updates_by(step) if ready else 0
         remaining = 1 - step / args.total_timesteps if args.anneal_lr else 1
-        for optimizer in (critic_optimizer, actor_optimizer, ent_coef_optimizer):
+        for optimizer in (critic_optimizer, actor_optimizer):
             optimizer.param_groups[0]["lr"] = args.learning_rate * remaining
         for _ in range(due):
             s_t, a_t, r_t, s_next, terminated_t = replay.sample(args.batch_size, generator)
@@ -1146,17 +1148,11 @@ def main() -> None:
 
             a_pi, log_pi = actor.sample(s_t, generator)
             actor_loss = (ent_coef * log_pi - critic(s_t, a_pi).amin(0)).mean()
+            ent_coef_loss = -(log_ent_coef.exp() * (log_pi.detach() + target_entropy)).mean()
             actor_optimizer.zero_grad()
-            actor_loss.backward(inputs=list(actor.parameters()))
-            average(*(weight.grad for weight in actor.parameters()))
+            (actor_loss + ent_coef_loss).backward(inputs=actor_weights)
+            average(*(weight.grad for weight in actor_weights))
             actor_optimizer.step()
-
-            if args.ent_coef is None:
-                ent_coef_loss = -(log_ent_coef.exp() * (log_pi.detach() + target_entropy)).mean()
-                ent_coef_optimizer.zero_grad()
-                ent_coef_loss.backward()
-                average(log_ent_coef.grad)
-                ent_coef_optimizer.step()
 
             with torch.no_grad():
                 torch._foreach_lerp_(list(target.parameters()), list(critic.parameters()), args.tau)
