@@ -439,7 +439,8 @@ class HumanoidEnv(MujocoHumanoid):
             spec.geom("floor").rgba = (1.0, 0.97, 0.9, 1)
         # CLIP sees a small frame: what it cannot resolve is not worth rendering.
         quality = spec.visual.quality
-        quality.numslices, quality.numstacks, quality.offsamples = 8, 4, 0
+        quality.numslices, quality.numstacks = 8, 4
+        quality.offsamples = quality.shadowsize = 0  # of multisampling, and of shadow maps
         spec.geom("floor").size[2] = 20  # of its squares: the usual 0.125 draws 40,000 of them
         spec.visual.global_.offwidth, spec.visual.global_.offheight = self.width, self.height
         model = spec.compile()
@@ -460,8 +461,7 @@ class HumanoidEnv(MujocoHumanoid):
             return None
         if self._renderer is None:  # the GL context belongs to the process that first draws
             self._renderer = mujoco.Renderer(self.model, self.height, self.width)
-            flags = self._renderer.scene.flags
-            flags[mujoco.mjtRndFlag.mjRND_SHADOW] = flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
+            self._renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
             self._view = mujoco.MjvCamera()
             self._view.lookat, self._view.distance = (0.0, 0.0, 1.0), 3.5
             self._view.azimuth, self._view.elevation = 180, -10
@@ -547,6 +547,7 @@ def make_envs(args: Args, num_envs: int, size: int) -> gym.vector.AsyncVectorEnv
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+            os.nice(10)  # on few cores they would keep the main process from its updates
         env = gym.make(
             "HumanoidCLIP-v0",
             disable_env_checker=True,
