@@ -87,7 +87,7 @@ class Args:
     seed: int = 1  # of networks, action noise, replay and every reset
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where CLIP, networks and replay live; auto takes CUDA if there is one"""
-    total_timesteps: int = 256_000  # environment steps, over all environments of all ranks
+    total_timesteps: int = 384_000  # environment steps, over all environments of all ranks
     num_envs: int = 16  # worker processes of each rank, one humanoid in each
     eval_every: int = 16_000
     """env steps between evaluations and videos; running episodes are cut short there"""
@@ -138,7 +138,7 @@ class Args:
 
     buffer_size: int = 1_000_000  # transitions in the replay of each rank
     learning_starts: int = 5_000  # env steps of uniformly random actions before the first update
-    updates_per_step: float = 0.5  # gradient updates per environment step of all ranks
+    updates_per_step: float = 0.25  # gradient updates per environment step of all ranks
     batch_size: int = 128  # transitions per update and rank
     learning_rate: float = 6e-4  # of actor, critics and temperature
     anneal_lr: bool = True

@@ -63,7 +63,7 @@ EXPERIMENTS = {
     "untextured": Experiment("kneeling with the plain body", f"{SAC} --no-textured", 1.3, 1),
     "running": Experiment(
         "SAC alone, on gymnasium's running reward",
-        f"{SAC} --reward env --reward-scale 1 --updates-per-step 0.25 --total-timesteps 150000 "
+        f"{SAC} --reward env --reward-scale 1 --batch-size 256 --total-timesteps 150000 "
         "--full-observation --no-anneal-lr --initial-ent-coef 1",
         1.0,
         2,
