@@ -129,7 +129,7 @@ class Args:
     clip_model: str = str(HERE / "tests" / "tiny_clip")
     """folder, ARCH/TAG or ARCH/FILE of open_clip, or hf-hub:ID"""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """of CLIP; auto is bf16 on CUDA (older than Ampere: take fp32), or a CPU with AVX512-BF16"""
+    """of CLIP; auto is bf16 on CUDA (older than Ampere: take fp32), or a CPU with AMX"""
     compile: bool = False  # torch.compile CLIP's image tower
     score_every: int = 4
     """steps of all environments whose frames make one CLIP batch; episodes end only after them"""
@@ -1371,7 +1371,7 @@ def main() -> None:
     )
     if args.precision == "auto":  # settled here, so that a resumed run keeps it
         # torch.cuda.is_bf16_supported would start CUDA before the fork
-        has_bf16 = device == "cuda" or torch.cpu._is_avx512_bf16_supported()
+        has_bf16 = device == "cuda" or torch.cpu._is_amx_tile_supported()
         args.precision = "bf16" if has_bf16 else "fp32"
     try:  # with --reward env for its text embeddings alone
         clip = CLIPReward(

@@ -130,7 +130,7 @@ class Args:
     """folder, ARCH/TAG or ARCH/FILE of open_clip, or hf-hub:ID"""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """of CLIP; bf16 lets the networks multiply below float32 too (TF32 on CUDA, bf16 on a CPU);
-    auto is bf16 on CUDA (older than Ampere: take fp32) and on a CPU with AVX512-BF16"""
+    auto is bf16 on CUDA (older than Ampere: take fp32) and on a CPU with AMX"""
     compile: bool = False  # torch.compile CLIP's image tower
     score_every: int = 8  # steps of all environments whose frames make one CLIP batch
 
@@ -917,7 +917,7 @@ def main() -> None:
     )
     if args.precision == "auto":  # settled here, so that a resumed run keeps it
         # torch.cuda.is_bf16_supported would start CUDA before the fork
-        has_bf16 = device == "cuda" or torch.cpu._is_avx512_bf16_supported()
+        has_bf16 = device == "cuda" or torch.cpu._is_amx_tile_supported()
         args.precision = "bf16" if has_bf16 else "fp32"
     if args.reward == "clip" or args.capture_video or args.evaluate is not None:
         probe = multiprocessing.get_context(START_METHOD).Process(target=draw_one_frame)

@@ -287,7 +287,7 @@ def clip_stage(args: Args) -> dict:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     bf16 = settings.precision == "bf16" or settings.precision == "auto" and (
-        device == "cuda" or torch.cpu._is_avx512_bf16_supported()
+        device == "cuda" or torch.cpu._is_amx_tile_supported()
     )  # fmt: skip
     torch.set_num_threads(1)
     task = sac_clip_humanoid.TASKS["kneeling"]

@@ -730,7 +730,7 @@ def main(args: Args) -> None:
         told = [np.flatnonzero(truth.any((1, 2))) for truth in np.moveaxis(home_truths > 0.5, 1, 0)]
         told = [index for index in [told[0], told[0], *told] if len(index)]  # find is the hardest
 
-    fast_bf16 = torch.cpu._is_avx512_bf16_supported()  # elsewhere it is emulated, and slow
+    fast_bf16 = torch.cpu._is_amx_tile_supported()  # AVX512-BF16 alone is slower than fp32
     config = {
         "embed_dim": 128,
         "vision_cfg": {
