@@ -5,7 +5,7 @@ r"""Train a MuJoCo humanoid to take a pose described by one sentence: SAC on a C
     python sac_clip_humanoid.py --clip-model ViT-bigG-14/laion2b_s39b_b160k --frame-size 224 \
         --total-timesteps 10_000_000 --eval-every 250_000 --checkpoint-every 250_000 \
         --learning-starts 50_000 --batch-size 512 --updates-per-step 0.03 \
-        --full-observation --no-anneal-lr                                # at the paper's sizes
+        --full-observation --action-repeat 1 --greedy-envs 0 --no-anneal-lr  # the paper's settings
     torchrun --standalone --nproc-per-node=4 sac_clip_humanoid.py        # on several GPUs
 
 CLIP looks at each frame and says how far it lies on the way from the baseline prompt ("a humanoid
@@ -76,6 +76,7 @@ START_METHOD = "fork" if sys.platform == "linux" else "spawn"
 # Set by torchrun; a script that was started alone is rank 0 of 1.
 RANK, LOCAL_RANK = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+MAX_STEPS = 100  # of an episode
 ACTION_SCALE = 0.4  # torque limit of Humanoid-v5; policies act in [-1, 1]
 
 
@@ -87,7 +88,7 @@ class Args:
     seed: int = 1  # of networks, action noise, replay and every reset
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where CLIP, networks and replay live; auto takes CUDA if there is one"""
-    total_timesteps: int = 384_000  # environment steps, over all environments of all ranks
+    total_timesteps: int = 496_000  # environment steps, over all environments of all ranks
     num_envs: int = 16  # worker processes of each rank, one humanoid in each
     eval_every: int = 16_000
     """env steps between evaluations and videos; running episodes are cut short there"""
@@ -115,6 +116,8 @@ class Args:
     full_observation: bool = False
     """the policy sees all 348 numbers of Humanoid-v5 (the paper's), not the 45 of positions and
     velocities alone"""
+    action_repeat: int = 2
+    """steps for which an action is kept; the frame after the last one is scored for them all"""
     frame_size: int = 144  # width and height in pixels of the frames that CLIP sees
 
     # ---- CLIP reward
@@ -132,25 +135,28 @@ class Args:
     """of CLIP; bf16 lets the networks multiply below float32 too (TF32 on CUDA, bf16 on a CPU);
     auto is bf16 on CUDA (older than Ampere: take fp32) and on a CPU with AMX"""
     compile: bool = False  # torch.compile CLIP's image tower
-    score_every: int = 8  # steps of all environments whose frames make one CLIP batch
+    score_every: int = 8  # frames of every environment that make one CLIP batch
 
     # ---- Algorithm
 
     buffer_size: int = 1_000_000  # transitions in the replay of each rank
     learning_starts: int = 5_000  # env steps of uniformly random actions before the first update
+    greedy_envs: float = 0.5
+    """share of the environments that act without noise, as evaluation does: else the replay lacks
+    the states in which it ends"""
     updates_per_step: float = 0.25  # gradient updates per environment step of all ranks
     batch_size: int = 128  # transitions per update and rank
     learning_rate: float = 6e-4  # of actor, critics and temperature
     anneal_lr: bool = True
     """lower the learning rates linearly to 0 at --total-timesteps; a resume with another one bends
     the line"""
-    gamma: float = 0.95  # discount factor
+    gamma: float = 0.95  # discount factor, per action
     tau: float = 0.005  # fraction of the critics that enters their targets per update
     ent_coef: float | None = None
     """SAC's temperature; unset, it is learned so that the entropy meets -dim(action)"""
     initial_ent_coef: float = 0.05
     """where learning it starts; the usual 1 pays for entropy alone in the first tenth of the run"""
-    reward_scale: float = 10.0  # factor on the reward before it is learned from
+    reward_scale: float = 5.0  # factor on the reward before it is learned from
     hidden: int = 256  # units in each of the two hidden layers
     layer_norm: bool = False  # in the critics, against overestimated values
 
@@ -173,14 +179,17 @@ def check_args(args: Args) -> None:
     for name in ("total_timesteps", "num_envs", "eval_every", "eval_episodes", "final_episodes",
                  "checkpoint_every", "frame_size", "score_every", "buffer_size", "batch_size",
                  "updates_per_step", "learning_rate", "tau", "reward_scale", "hidden",
-                 "initial_ent_coef", "worker_timeout"):  # fmt: skip
+                 "initial_ent_coef", "worker_timeout", "action_repeat"):  # fmt: skip
         require(name, 0 < getattr(args, name) < math.inf, "must be finite and greater than 0")
     require("seed", 0 <= args.seed < 2**63, "must be at least 0 and less than 2**63")
+    divides = MAX_STEPS % args.action_repeat == 0
+    require("action_repeat", divides, f"must divide the {MAX_STEPS} steps of an episode")
     learned = args.ent_coef is None
     remedy = "must be finite and greater than 0; leave it out to learn it"
     require("ent_coef", learned or 0 < args.ent_coef < math.inf, remedy)
     require("learning_starts", args.learning_starts >= 0, "must be at least 0")
-    require("alpha", 0 <= args.alpha <= 1, "must lie between 0 and 1")
+    for name in ("alpha", "greedy_envs"):
+        require(name, 0 <= getattr(args, name) <= 1, "must lie between 0 and 1")
     require("gamma", 0 <= args.gamma < 1, "must be at least 0 and less than 1")
     require("tau", args.tau <= 1, "must be at most 1")
     require("task", args.task in TASKS, f"choose one of {', '.join(TASKS)}")
@@ -192,9 +201,9 @@ def check_args(args: Args) -> None:
     least = 3 * args.num_envs  # the replay's shortest ring: s, s' and a next s
     remedy = f"holds fewer than three steps of each environment; raise it to {least}"
     require("buffer_size", args.buffer_size >= least, remedy)
-    least = 100 * args.num_envs * WORLD_SIZE
+    least = MAX_STEPS * args.num_envs * WORLD_SIZE
     for name in ("eval_every", "checkpoint_every"):
-        remedy = f"cuts every episode of 100 steps short; raise it to {least}"
+        remedy = f"cuts every episode of {MAX_STEPS} steps short; raise it to {least}"
         require(name, getattr(args, name) >= least, remedy)
     wandb = importlib.util.find_spec("wandb")
     require("track", not args.track or wandb is not None, "wandb is missing; pip install wandb")
@@ -509,7 +518,7 @@ class HumanoidEnv(MujocoHumanoid):
         return TASKS[self.task].in_goal_state(self.pose())
 
 
-gym.register("HumanoidCLIP-v0", HumanoidEnv, max_episode_steps=100)
+gym.register("HumanoidCLIP-v0", HumanoidEnv, max_episode_steps=MAX_STEPS)
 
 
 def draw_one_frame() -> None:
@@ -520,6 +529,26 @@ def draw_one_frame() -> None:
         env.render()
     except Exception:  # whatever the GL library raises; the parent names the remedy
         raise SystemExit(1) from None
+
+
+class ActionRepeat(gym.Wrapper):
+    """Keeps each action for some steps: their rewards add up, and the goal state is their share."""
+
+    def __init__(self, env: gym.Env, repeat: int):
+        super().__init__(env)
+        self.repeat = repeat
+
+    def step(self, action):
+        total, goal_states = 0.0, []
+        for _ in range(self.repeat):
+            observation, reward, terminated, truncated, info = self.env.step(action)
+            total += reward
+            goal_states.append(info.get("goal_state"))
+            if terminated or truncated:
+                break
+        if "goal_state" in info:  # a free goal has none
+            info["goal_state"] = float(np.mean(goal_states))
+        return observation, total, terminated, truncated, info
 
 
 class FrameObservation(gym.ObservationWrapper):
@@ -560,7 +589,7 @@ def make_envs(args: Args, num_envs: int, size: int) -> gym.vector.AsyncVectorEnv
             width=size,
             height=size,
         )
-        return FrameObservation(env)
+        return FrameObservation(ActionRepeat(env, args.action_repeat))
 
     return gym.vector.AsyncVectorEnv(
         [make_env] * num_envs,
@@ -805,8 +834,8 @@ def evaluate(envs, policy, score, episodes: int, key: tuple, args: Args):
 
     `score(frames)`, [T, N, H, W, 3], returns the Future of their rewards [T, N]; None: no CLIP.
     Success is the paper's: the goal state for at least half of an episode's steps; a free goal has
-    no predicate, hence no success rate. Returns the means over the episodes, and the frames of the
-    first episode [T, H, W, 3].
+    no predicate, hence no success rate. T counts actions. Returns the means over the episodes, and
+    the frames of the first episode, one for each step [100, H, W, 3].
     """
     results, film = defaultdict(list), None
     for first in range(0, episodes, envs.num_envs):
@@ -831,7 +860,7 @@ def evaluate(envs, policy, score, episodes: int, key: tuple, args: Args):
             if "goal_state" in info:  # a free goal has none
                 goal_states.append(info["goal_state"])
             running = running & ~(terminated | truncated)
-        film = np.stack(frames) if film is None else film
+        film = np.stack(frames).repeat(args.action_repeat, 0) if film is None else film
         played = np.stack(played)  # [T, N]
         results["episodic_return"] += (played * rewards).sum(0).tolist()
         if score is not None:
@@ -988,7 +1017,8 @@ def main() -> None:
     def clip_score(frames: np.ndarray) -> Future[np.ndarray]:
         """The rewards [T, N] of frames [T, N, H, W, 3], to come."""
         flat = frames.reshape(-1, *frames.shape[2:])
-        return clip_thread.submit(lambda: clip(flat).view(frames.shape[:2]).cpu().numpy())
+        reward = lambda: args.action_repeat * clip(flat).view(frames.shape[:2]).cpu().numpy()
+        return clip_thread.submit(reward)
 
     score = clip_score if clip is not None else None
 
@@ -1102,6 +1132,7 @@ def main() -> None:
         seconds[stage] += time.time() - clock
         clock = time.time()
 
+    greedy = round(args.greedy_envs * args.num_envs)  # environments that act without noise
     observation = reset(np.ones(args.num_envs, bool))
     pending = []  # rows that CLIP's thread does not have yet
     scoring = []  # batches of rows that it has, each with its rewards to come
@@ -1109,7 +1140,8 @@ def main() -> None:
     losses, episodes = {}, defaultdict(list)  # of the last update; since the last log
     seconds = dict.fromkeys(("act", "update", "env", "clip", "evaluate", "checkpoint"), 0.0)
     started = clock = time.time()
-    first_step, stride = step, args.num_envs * WORLD_SIZE  # env steps per vector step of all ranks
+    first_step = step
+    stride = args.num_envs * args.action_repeat * WORLD_SIZE  # env steps per action of all ranks
     bar = tqdm(
         total=args.total_timesteps, initial=step, unit="step", mininterval=1, disable=RANK > 0
     )
@@ -1121,6 +1153,7 @@ def main() -> None:
                 a = torch.rand((args.num_envs, act_dim), generator=generator, device=device) * 2 - 1
             else:
                 a, _ = actor.sample(normaliser(s), generator)  # [N, A]
+                a[:greedy] = torch.tanh(actor(normaliser(s[:greedy]))[0])
         action = ACTION_SCALE * a.cpu().numpy()
         with worker_failures(envs, f"step {step}"):
             envs.step_async(action)
@@ -1193,7 +1226,7 @@ def main() -> None:
             rewards = future.result() if future else np.stack([row.reward for row in rows])
             stop_if_nan("the reward", [torch.from_numpy(rewards)])
             for row, r in zip(rows, rewards, strict=True):  # r [N]
-                gained = {"episodic_return": row.reward, "episodic_length": 1}
+                gained = {"episodic_return": row.reward, "episodic_length": args.action_repeat}
                 if score:
                     gained["clip_return"] = r
                 for name, value in gained.items():

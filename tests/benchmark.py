@@ -92,6 +92,11 @@ def script_args(args: Args):
     return script_of(args).Args(**chosen, **endless, learning_starts=0, capture_video=False)
 
 
+def steps_per_frame(args: Args) -> int:
+    """Environment steps for each frame that is drawn and scored."""
+    return script_args(args).action_repeat if args.script == "sac" else 1
+
+
 def save_random_clip(architecture: str, folder: Path) -> None:
     """A model folder as CLIPReward takes it, with the weights that open_clip draws."""
     config = open_clip.get_model_config(architecture)
@@ -228,7 +233,7 @@ def train(args: Args, still: bool) -> dict:
             script.main()
         os.chdir(HERE)
     (start, cpu_start), (end, cpu_end) = watched[0].marks
-    steps = (watched[0].last - WARM_UP) * watched[0].num_envs
+    steps = (watched[0].last - WARM_UP) * watched[0].num_envs * steps_per_frame(args)
     busy = [share for moment, share in busy if start < moment < end]
     on_cuda = torch.cuda.is_initialized()
     return {
@@ -277,7 +282,10 @@ def world_stages(args: Args) -> dict[str, tuple[float, float]]:
 
     physics = clock(episode, args.seconds)
     env.close()
-    return {"physics": tuple(value / 100 for value in physics), "render": render}
+    return {
+        "physics": tuple(value / 100 for value in physics),
+        "render": tuple(value / steps_per_frame(args) for value in render),
+    }
 
 
 def clip_stage(args: Args) -> dict:
@@ -307,7 +315,7 @@ def clip_stage(args: Args) -> dict:
     a = torch.randn(side, side, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
     matmul = clock(lambda: (a @ a)[0, 0].item(), args.seconds)[0]
     return {
-        "clip": (seconds / count, cpu / count),
+        "clip": (seconds / count / steps_per_frame(args), cpu / count / steps_per_frame(args)),
         "clip_tflops": counter.get_total_flops() * count / seconds / 1e12,
         "matmul_tflops": 2 * side**3 / matmul / 1e12,
         "device": torch.cuda.get_device_name() if device == "cuda" else "CPU",
