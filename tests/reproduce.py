@@ -4,8 +4,9 @@
     python tests/reproduce.py kneeling lotus        # these, one after the other
     python tests/reproduce.py --all                 # what is missing
 
-A result is a small JSON file in `tests/results/`; where it exists the experiment is skipped. Runs
-go to `runs/reproduce/`, and one that was interrupted is resumed.
+A result is a small JSON file in `tests/results/`; what it has is not run again, and of several
+seeds those are run that it lacks. Runs go to `runs/reproduce/`, and one that was interrupted is
+resumed.
 """
 
 # ruff: noqa: E402, I001
@@ -123,24 +124,35 @@ def train(command: str, folder: Path) -> dict:
     return summary(reports[-1].parent, command)
 
 
-def result_of(name: str, args: Args) -> dict | None:
-    """Of an experiment that is run now; None if its program writes the file itself."""
-    experiment = EXPERIMENTS[name]
-    if experiment.seeds:
-        commands = [f"{experiment.command} --seed {i + 1}" for i in range(experiment.seeds)]
-        folders = [args.runs / name / str(i + 1) for i in range(experiment.seeds)]
-        runs = [train(*pair) for pair in zip(commands, folders, strict=True)]
-        return {"what": experiment.what, "runs": runs}
-    _, *arguments = shlex.split(experiment.command)
+def missing(experiment: Experiment, path: Path) -> int:
+    """How many runs its file lacks."""
+    if not path.exists():
+        return max(1, experiment.seeds)
+    there = json.loads(path.read_text())
+    return experiment.seeds - len(there["runs"]) if experiment.seeds else 0
+
+
+def train_seeds(name: str, path: Path, runs: Path) -> None:
+    """Add the seeds that the file lacks, each as soon as its run has ended."""
+    what, command, _, seeds = EXPERIMENTS[name]
+    result = json.loads(path.read_text()) if path.exists() else {"what": what, "runs": []}
+    for seed in range(len(result["runs"]) + 1, seeds + 1):
+        result["runs"].append(train(f"{command} --seed {seed}", runs / name / str(seed)))
+        path.write_text(dump(result))
+
+
+def measure(name: str, path: Path) -> None:
+    """Run a program that writes its file itself, or prints its numbers as the last line."""
+    what, command, *_ = EXPERIMENTS[name]
+    _, *arguments = shlex.split(command)
     line = [sys.executable, *arguments]
     if "--json" not in arguments:
-        line += ["--output", args.results / f"{name}.json"]
-        subprocess.run(line, cwd=HERE.parent, check=True)
-        return None
+        subprocess.run([*line, "--output", path], cwd=HERE.parent, check=True)
+        return
     output = subprocess.run(line, cwd=HERE.parent, check=True, capture_output=True, text=True)
     print(output.stdout)
     numbers = json.loads(output.stdout.splitlines()[-1])
-    return {"what": experiment.what, "command": experiment.command, **numbers}
+    path.write_text(dump({"what": what, "command": command, **numbers}))
 
 
 def dump(result: dict) -> str:
@@ -155,18 +167,23 @@ def main(args: Args) -> None:
     if unknown:
         sys.exit(f"{unknown[0]}: no such experiment; choose from {', '.join(EXPERIMENTS)}")
     if not args.names and not args.all:
-        for name, (what, command, hours, _) in EXPERIMENTS.items():
-            state = "there" if (args.results / f"{name}.json").exists() else "not run"
+        for name, experiment in EXPERIMENTS.items():
+            what, command, hours, seeds = experiment
+            lacks = missing(experiment, args.results / f"{name}.json")
+            state = "there" if lacks == 0 else "not run"
+            if 0 < lacks < seeds:
+                state = f"{seeds - lacks} of {seeds}"
             print(f"{name:16} {state:8} {hours:5.2f} h  {what}\n{'':34}{command}")
         return
     for name in EXPERIMENTS if args.all else args.names:
         path = args.results / f"{name}.json"
-        if path.exists():
+        if missing(EXPERIMENTS[name], path) == 0:
             print(f"{name}: {path} is there; delete it to run the experiment again")
             continue
-        result = result_of(name, args)
-        if result is not None:
-            path.write_text(dump(result))
+        if EXPERIMENTS[name].seeds:
+            train_seeds(name, path, args.runs)
+        else:
+            measure(name, path)
         print(f"{name}: {path}")
 
 

@@ -1,6 +1,7 @@
 """The list of experiments: its smallest entry, and a training run that was interrupted."""
 
 import json
+import re
 import shlex
 
 import pytest
@@ -39,10 +40,36 @@ def test_an_interrupted_run_is_resumed_and_a_result_is_kept(
     assert summary["curve"]["step"] == [800, 1600]
     assert len(summary["curve"]["clip_return"]) == 2 and "best" in summary["report"]
 
-    (tmp_path / "short.json").write_text("kept")
+    before = (tmp_path / "short.json").read_text()
+    run.rename(tmp_path / "elsewhere")
     reproduce.main(args)
-    assert (tmp_path / "short.json").read_text() == "kept"
+    assert (tmp_path / "short.json").read_text() == before
     assert "is there" in capsys.readouterr().out
+
+
+def test_seeds_that_a_result_lacks_are_added_one_by_one(tmp_path, monkeypatch, capsys):
+    experiment = reproduce.Experiment("two dice", "python dice.py", 0, 3)
+    monkeypatch.setitem(reproduce.EXPERIMENTS, "dice", experiment)
+    path = tmp_path / "dice.json"
+    path.write_text(json.dumps({"what": "two dice", "runs": [{"command": "the first"}]}))
+    reproduce.main(reproduce.Args(results=tmp_path))
+    assert re.search(r"dice +1 of 3 ", capsys.readouterr().out)
+    trained = []
+
+    def train(command, folder):
+        trained.append((command, folder))
+        if len(trained) == 2:
+            raise KeyboardInterrupt
+        return {"command": command}
+
+    monkeypatch.setattr(reproduce, "train", train)
+    with pytest.raises(KeyboardInterrupt):
+        reproduce.main(reproduce.Args(("dice",), results=tmp_path, runs=tmp_path))
+    assert trained == [
+        (f"python dice.py --seed {seed}", tmp_path / "dice" / str(seed)) for seed in (2, 3)
+    ]
+    runs = json.loads(path.read_text())["runs"]
+    assert [run["command"] for run in runs] == ["the first", "python dice.py --seed 2"]
 
 
 def test_the_list_names_every_experiment(capsys):
