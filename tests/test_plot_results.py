@@ -2,6 +2,8 @@
 
 import json
 
+import imageio
+import numpy as np
 import plot_results
 
 JUDGES = [f"{j}_{f}" for j in ("success_rate", "clip_success") for f in plot_results.FAMILIES]
@@ -20,7 +22,7 @@ def test_figures_are_drawn_from_what_is_there(tmp_path, capsys):
     def write(name: str, result: dict) -> None:
         (tmp_path / f"{name}.json").write_text(json.dumps(result))
 
-    args = plot_results.Args(tmp_path)
+    args = plot_results.Args(tmp_path, runs=tmp_path)
     plot_results.main(args)
     assert not list(tmp_path.glob("*.png"))
     assert capsys.readouterr().out.count("first python tests/reproduce.py") == 5
@@ -42,6 +44,17 @@ def test_figures_are_drawn_from_what_is_there(tmp_path, capsys):
     drawn = {path.stem for path in tmp_path.glob("*.png") if path.stat().st_size > 1000}
     assert drawn == {draw.__name__ for draw in plot_results.FIGURES}
     assert "not drawn" not in capsys.readouterr().out
+
+
+def test_an_agents_video_becomes_an_animated_image(tmp_path):
+    video = tmp_path / "lotus" / "1" / "runs" / "name" / "videos" / "best.mp4"
+    video.parent.mkdir(parents=True)
+    film = np.repeat(np.arange(100, dtype=np.uint8)[:, None], 320 * 320 * 3, 1)
+    imageio.mimwrite(video, film.reshape(100, 320, 320, 3), fps=30)
+    plot_results.main(plot_results.Args(tmp_path, runs=tmp_path))
+    frames = np.stack(imageio.mimread(tmp_path / "lotus.gif"))
+    assert frames.shape[:3] == (25, 160, 160)
+    np.testing.assert_allclose(frames[:, 0, 0, 0], np.arange(0, 100, 4), atol=6)
 
 
 def test_the_band_spans_the_seeds():
