@@ -142,8 +142,8 @@ class Args:
     buffer_size: int = 1_000_000  # transitions in the replay of each rank
     learning_starts: int = 5_000  # env steps of uniformly random actions before the first update
     greedy_envs: float = 0.5
-    """share of the environments that act without noise, as evaluation does: else the replay lacks
-    the states in which it ends"""
+    """share of the environments that act without noise, as evaluation does; else the replay lacks
+    the states that it drifts into"""
     updates_per_step: float = 0.25  # gradient updates per environment step of all ranks
     batch_size: int = 128  # transitions per update and rank
     learning_rate: float = 6e-4  # of actor, critics and temperature
