@@ -36,7 +36,7 @@ class Experiment(NamedTuple):
 
 def pose(task: str, seeds: int = 1) -> Experiment:
     command = f"python sac_clip_humanoid.py --task {task}"
-    return Experiment(f"{task.replace('_', ' ')}, from its sentence", command, 1.3 * seeds, seeds)
+    return Experiment(f"{task.replace('_', ' ')}, from its sentence", command, 0.7 * seeds, seeds)
 
 
 SAC, DQN = "python sac_clip_humanoid.py", "python dqn_clip_playhouse.py"
@@ -59,9 +59,9 @@ EXPERIMENTS = {
     "arms_crossed": pose("arms_crossed"),
     "one_leg": pose("one_leg"),
     "alpha_half": Experiment(
-        "kneeling with half of the regularisation", f"{SAC} --alpha 0.5", 1.3, 1
+        "kneeling with half of the regularisation", f"{SAC} --alpha 0.5", 0.7, 1
     ),
-    "untextured": Experiment("kneeling with the plain body", f"{SAC} --no-textured", 1.3, 1),
+    "untextured": Experiment("kneeling with the plain body", f"{SAC} --no-textured", 0.7, 1),
     "running": Experiment(
         "SAC alone, on gymnasium's running reward",
         f"{SAC} --reward env --reward-scale 1 --batch-size 256 --total-timesteps 150000 "
