@@ -120,7 +120,7 @@ def test_a_repeated_action_adds_rewards_and_shares_the_goal_state():
         gym.make("HumanoidCLIP-v0", task="standing", terminate_when_unhealthy=True)
         for _ in range(2)
     )
-    repeated, rewards, shares = ActionRepeat(repeated, 4), [], []
+    repeated, shares = ActionRepeat(repeated, 4), []
     repeated.reset(seed=3), single.reset(seed=3)
     repeated.action_space.seed(3)
     ended = False
@@ -135,7 +135,6 @@ def test_a_repeated_action_adds_rewards_and_shares_the_goal_state():
         assert total == pytest.approx(sum(step[1] for step in steps))
         assert info["goal_state"] == np.mean([step[4]["goal_state"] for step in steps])
         assert any(ends) == ended
-        rewards.append(total)
         shares.append(info["goal_state"])
     assert len(steps) < 4  # it fell amid an action
     assert 0 < np.mean(shares) < 1 and not {0.25, 0.5, 0.75}.isdisjoint(shares)
@@ -467,6 +466,35 @@ def test_an_easy_reward_is_learned(tmp_path, monkeypatch):
     assert (
         report["last"]["clip_return"] > others + 3
     )  # by 10 to 19 in three seeds; the two others lie 3 apart
+
+
+class Content(torch.nn.Module):
+    """In CLIP's place a reward of 1 for any frame."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__()
+
+    def forward(self, frames: np.ndarray) -> torch.Tensor:
+        return torch.ones(len(frames), 1)
+
+
+def test_half_act_without_noise_and_a_frame_counts_for_its_steps(tmp_path, monkeypatch):
+    flags = [*SMALL, "--total-timesteps", "800", "--updates-per-step", "1e-9"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [SCRIPT, *flags, "--no-capture-video"])
+    monkeypatch.setattr("sac_clip_humanoid.CLIPReward", Content)
+    noisy = lambda self, s, generator: (torch.full((len(s), 17), 0.9), torch.zeros(len(s)))
+    monkeypatch.setattr(Actor, "sample", noisy)
+    main()
+    run = only_run(tmp_path)
+    assert json.loads((run / "report.json").read_text())["last"]["clip_return"] == 100
+    (file,) = (run / "replay" / "0").iterdir()
+    part = torch.load(file, weights_only=True)
+    _, a, r, _ = (ring[part["starts"]] for ring in part["data"])  # [100, 4, ...]
+    assert (r == 2).all()
+    learned = a[25:]  # after 200 steps: two for each action of 4 environments
+    assert (learned[:, 2:] == 0.9).all() and not (learned[:, :2] == 0.9).any()
+    assert learned[:, :2].abs().max() < 0.9  # what the new network means, not a random action
 
 
 def test_an_agent_can_be_replayed(finished):
