@@ -4,7 +4,7 @@ r"""Train a MuJoCo humanoid to take a pose described by one sentence: SAC on a C
     python sac_clip_humanoid.py --goal "a humanoid robot meditating in the lotus pose"
     python sac_clip_humanoid.py --clip-model ViT-bigG-14/laion2b_s39b_b160k --frame-size 224 \
         --total-timesteps 10_000_000 --eval-every 250_000 --checkpoint-every 250_000 \
-        --learning-starts 50_000 --batch-size 512 --updates-per-step 0.03 \
+        --learning-starts 50_000 --batch-size 512 --updates-per-step 0.03 --actor-tau 1 \
         --full-observation --action-repeat 1 --greedy-envs 0 --no-anneal-lr  # the paper's settings
     torchrun --standalone --nproc-per-node=4 sac_clip_humanoid.py        # on several GPUs
 
@@ -152,6 +152,9 @@ class Args:
     the line"""
     gamma: float = 0.95  # discount factor, per action
     tau: float = 0.005  # fraction of the critics that enters their targets per update
+    actor_tau: float = 0.0003
+    """fraction of the actor that enters, per update, the running average which is evaluated and
+    saved; 1 evaluates the actor itself"""
     ent_coef: float | None = None
     """SAC's temperature; unset, it is learned so that the entropy meets -dim(action)"""
     initial_ent_coef: float = 0.05
@@ -179,7 +182,7 @@ def check_args(args: Args) -> None:
     for name in ("total_timesteps", "num_envs", "eval_every", "eval_episodes", "final_episodes",
                  "checkpoint_every", "frame_size", "score_every", "buffer_size", "batch_size",
                  "updates_per_step", "learning_rate", "tau", "reward_scale", "hidden",
-                 "initial_ent_coef", "worker_timeout", "action_repeat"):  # fmt: skip
+                 "initial_ent_coef", "worker_timeout", "action_repeat", "actor_tau"):  # fmt: skip
         require(name, 0 < getattr(args, name) < math.inf, "must be finite and greater than 0")
     require("seed", 0 <= args.seed < 2**63, "must be at least 0 and less than 2**63")
     divides = MAX_STEPS % args.action_repeat == 0
@@ -188,7 +191,7 @@ def check_args(args: Args) -> None:
     remedy = "must be finite and greater than 0; leave it out to learn it"
     require("ent_coef", learned or 0 < args.ent_coef < math.inf, remedy)
     require("learning_starts", args.learning_starts >= 0, "must be at least 0")
-    for name in ("alpha", "greedy_envs"):
+    for name in ("alpha", "greedy_envs", "actor_tau"):
         require(name, 0 <= getattr(args, name) <= 1, "must lie between 0 and 1")
     require("gamma", 0 <= args.gamma < 1, "must be at least 0 and less than 1")
     require("tau", args.tau <= 1, "must be at most 1")
@@ -991,6 +994,7 @@ def main() -> None:
     actor = Actor(obs_dim, act_dim, args.hidden).to(device)
     critic = TwinQ(obs_dim, act_dim, args.hidden, args.layer_norm).to(device)
     target = copy.deepcopy(critic).requires_grad_(False)
+    agent = copy.deepcopy(actor).requires_grad_(False)  # the actor's average: what is evaluated
     ent_coef = args.ent_coef or args.initial_ent_coef
     learns_ent_coef = args.ent_coef is None
     log_ent_coef = torch.tensor(math.log(ent_coef), device=device, requires_grad=learns_ent_coef)
@@ -1002,8 +1006,8 @@ def main() -> None:
     actor_optimizer = torch.optim.Adam(actor_weights, **adam)
     generator = torch.Generator(device).manual_seed(reset_seed(args.seed, NOISE, RANK))
     learned = {
-        "normaliser": normaliser, "actor": actor, "critic": critic, "target": target,
-        "critic_optimizer": critic_optimizer, "actor_optimizer": actor_optimizer,
+        "normaliser": normaliser, "actor": actor, "agent": agent, "critic": critic,
+        "target": target, "critic_optimizer": critic_optimizer, "actor_optimizer": actor_optimizer,
     }  # fmt: skip
 
     def start_clip() -> None:
@@ -1026,7 +1030,7 @@ def main() -> None:
     def policy(state: np.ndarray) -> np.ndarray:
         """The deterministic action."""
         s = normaliser(torch.from_numpy(state).to(device))
-        return torch.tanh(actor(s)[0]).cpu().numpy()
+        return torch.tanh(agent(s)[0]).cpu().numpy()
 
     def final_report(run: Path) -> None:
         """The best and the last agent, beside a random and a motionless one, on unseen seeds."""
@@ -1043,7 +1047,7 @@ def main() -> None:
                 continue  # killed between its first evaluation and its first checkpoint
             if act is policy:
                 state = load_checkpoint(run, f"{name}.pt", "--evaluate")
-                actor.load_state_dict(state["actor"])
+                agent.load_state_dict(state["agent"])
                 normaliser.load_state_dict(state["normaliser"])
             report[name], _ = evaluate(envs, act, score, args.final_episodes, key, args)
             print(f"{name:>6}:", ", ".join(f"{k} {v:.3f}" for k, v in report[name].items()))
@@ -1189,7 +1193,8 @@ def main() -> None:
             actor_optimizer.step()
 
             with torch.no_grad():
-                torch._foreach_lerp_(list(target.parameters()), list(critic.parameters()), args.tau)
+                for slow, fast, tau in ((target, critic, args.tau), (agent, actor, args.actor_tau)):
+                    torch._foreach_lerp_(list(slow.parameters()), list(fast.parameters()), tau)
         if due:
             losses = {
                 "qf_loss": qf_loss, "qf_values": q.mean(), "actor_loss": actor_loss,

@@ -65,7 +65,8 @@ EXPERIMENTS = {
     "running": Experiment(
         "SAC alone, on gymnasium's running reward",
         f"{SAC} --reward env --reward-scale 1 --batch-size 256 --total-timesteps 150000 "
-        "--full-observation --action-repeat 1 --greedy-envs 0 --no-anneal-lr --initial-ent-coef 1",
+        "--full-observation --action-repeat 1 --greedy-envs 0 --actor-tau 1 --no-anneal-lr "
+        "--initial-ent-coef 1",
         1.0,
         2,
     ),

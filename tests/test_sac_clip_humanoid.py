@@ -364,7 +364,7 @@ def finished(tmp_path_factory, random_clip):
 
 def networks(run: Path, name: str = "last.pt") -> dict[str, torch.Tensor]:
     state = torch.load(run / name, weights_only=True)
-    parts = ("actor", "critic", "target")
+    parts = ("actor", "agent", "critic", "target")
     return {f"{part}.{name}": value for part in parts for name, value in state[part].items()}
 
 
@@ -399,6 +399,20 @@ def test_training_moves_every_parameter(finished):
             assert not torch.equal(value, end[part][name]), name
     start, now = initial["actor"]["trunk.0.weight"], end["actor"]["trunk.0.weight"]
     assert torch.nn.functional.cosine_similarity(start, now).mean() > 0.7  # it did start there
+
+
+def test_the_agent_is_the_running_average_of_the_actor(finished, tmp_path, random_clip):
+    flags = ["--clip-model", random_clip, "--actor-tau", "1"]
+    result = train(SCRIPT, tmp_path, *SMALL, *flags)
+    assert result.returncode == 0, result.stderr
+    torch.manual_seed(1)
+    start = Actor(45, 17, 32).state_dict()
+    fast = torch.load(only_run(tmp_path) / "last.pt", weights_only=True)
+    slow = torch.load(finished[0] / "last.pt", weights_only=True)
+    for name, weight in slow["actor"].items():
+        assert torch.equal(fast["agent"][name], weight), name  # nor does it touch what is learned
+        way = torch.dist(slow["agent"][name], start[name]) / torch.dist(weight, start[name])
+        assert 0 < way < 0.5, name  # it follows from afar
 
 
 def test_killed_and_resumed_equals_uninterrupted(finished, tmp_path, random_clip):
@@ -447,6 +461,7 @@ def test_an_easy_reward_is_learned(tmp_path, monkeypatch):
         "--eval-episodes": 8, "--final-episodes": 8, "--device": "cpu",
         "--ent-coef": 0.02,  # a learned one would first have to find its level
         "--greedy-envs": 0,  # 3200 actions are few to explore with
+        "--actor-tau": 0.01,  # and so are 3200 updates for the average
     }  # fmt: skip
     arguments = [str(word) for flag in flags.items() for word in flag]
     monkeypatch.chdir(tmp_path)
@@ -582,6 +597,7 @@ def test_nan_stops_the_run_and_leaves_the_last_checkpoint(tmp_path, random_clip)
         (["--seed", "-1"], ["--seed -1"]),
         (["--action-repeat", "3"], ["--action-repeat 3", "divide the 100 steps"]),
         (["--greedy-envs", "2"], ["--greedy-envs 2.0", "between 0 and 1"]),
+        (["--actor-tau", "0"], ["--actor-tau 0.0", "greater than 0"]),
         (["--resume", "a", "--evaluate", "b"], ["--evaluate b", "--resume"]),
         (["--resume", "nowhere"], ["--resume nowhere"]),
         (["--evaluate", "nowhere"], ["--evaluate nowhere"]),
