@@ -125,20 +125,25 @@ def train(command: str, folder: Path) -> dict:
     return summary(reports[-1].parent, command)
 
 
-def missing(experiment: Experiment, path: Path) -> int:
-    """How many runs its file lacks."""
-    if not path.exists():
-        return max(1, experiment.seeds)
-    there = json.loads(path.read_text())
-    return experiment.seeds - len(there["runs"]) if experiment.seeds else 0
+def missing(experiment: Experiment, path: Path) -> list[int]:
+    """The seeds of which its file lacks a run; [0] if it has no seeds and no file."""
+    if not experiment.seeds:
+        return [0] * (not path.exists())
+    runs = json.loads(path.read_text())["runs"] if path.exists() else []
+    commands = {run["command"] for run in runs}
+    seeds = range(1, experiment.seeds + 1)
+    return [seed for seed in seeds if f"{experiment.command} --seed {seed}" not in commands]
 
 
 def train_seeds(name: str, path: Path, runs: Path) -> None:
     """Add the seeds that the file lacks, each as soon as its run has ended."""
-    what, command, _, seeds = EXPERIMENTS[name]
+    what, command, *_ = experiment = EXPERIMENTS[name]
     result = json.loads(path.read_text()) if path.exists() else {"what": what, "runs": []}
-    for seed in range(len(result["runs"]) + 1, seeds + 1):
-        result["runs"].append(train(f"{command} --seed {seed}", runs / name / str(seed)))
+    for seed in missing(experiment, path):
+        # One of other flags than today's gives way.
+        own = [run for run in result["runs"] if run["command"].startswith(f"{command} --seed ")]
+        own.append(train(f"{command} --seed {seed}", runs / name / str(seed)))
+        result["runs"] = sorted(own, key=lambda run: int(run["command"].split()[-1]))
         path.write_text(dump(result))
 
 
@@ -171,14 +176,14 @@ def main(args: Args) -> None:
         for name, experiment in EXPERIMENTS.items():
             what, command, hours, seeds = experiment
             lacks = missing(experiment, args.results / f"{name}.json")
-            state = "there" if lacks == 0 else "not run"
-            if 0 < lacks < seeds:
-                state = f"{seeds - lacks} of {seeds}"
+            state = "not run" if lacks else "there"
+            if 0 < len(lacks) < seeds:
+                state = f"{seeds - len(lacks)} of {seeds}"
             print(f"{name:16} {state:8} {hours:5.2f} h  {what}\n{'':34}{command}")
         return
     for name in EXPERIMENTS if args.all else args.names:
         path = args.results / f"{name}.json"
-        if missing(EXPERIMENTS[name], path) == 0:
+        if not missing(EXPERIMENTS[name], path):
             print(f"{name}: {path} is there; delete it to run the experiment again")
             continue
         if EXPERIMENTS[name].seeds:

@@ -51,7 +51,9 @@ def test_seeds_that_a_result_lacks_are_added_one_by_one(tmp_path, monkeypatch, c
     experiment = reproduce.Experiment("two dice", "python dice.py", 0, 3)
     monkeypatch.setitem(reproduce.EXPERIMENTS, "dice", experiment)
     path = tmp_path / "dice.json"
-    path.write_text(json.dumps({"what": "two dice", "runs": [{"command": "the first"}]}))
+    commands = ["python dice.py --seed 2", "python dice.py --sides 4 --seed 3"]  # one is of old
+    runs = [{"command": command} for command in commands]
+    path.write_text(json.dumps({"what": "two dice", "runs": runs}))
     reproduce.main(reproduce.Args(results=tmp_path))
     assert re.search(r"dice +1 of 3 ", capsys.readouterr().out)
     trained = []
@@ -66,10 +68,10 @@ def test_seeds_that_a_result_lacks_are_added_one_by_one(tmp_path, monkeypatch, c
     with pytest.raises(KeyboardInterrupt):
         reproduce.main(reproduce.Args(("dice",), results=tmp_path, runs=tmp_path))
     assert trained == [
-        (f"python dice.py --seed {seed}", tmp_path / "dice" / str(seed)) for seed in (2, 3)
+        (f"python dice.py --seed {seed}", tmp_path / "dice" / str(seed)) for seed in (1, 3)
     ]
     runs = json.loads(path.read_text())["runs"]
-    assert [run["command"] for run in runs] == ["the first", "python dice.py --seed 2"]
+    assert [run["command"] for run in runs] == [f"python dice.py --seed {seed}" for seed in (1, 2)]
 
 
 def test_the_list_names_every_experiment(capsys):
