@@ -17,9 +17,10 @@ import re
 import sys
 import textwrap
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -170,6 +171,8 @@ class CLIPReward(torch.nn.Module):
             fold_batch_norms(self.clip.visual)
         if compile:
             self.clip.visual.compile()
+            maps = self.clip.visual.forward_intermediates
+            self.clip.visual.forward_intermediates = torch.compile(maps)
         words = Path(model) / "vocabulary.txt"
         self.vocabulary = set(words.read_text().split()) if words.is_file() else None
         self.warned = set()
@@ -212,25 +215,44 @@ class CLIPReward(torch.nn.Module):
         tokens = self.tokenizer(prompts).to(self.scale.device)  # [P, L]
         return F.normalize(self.clip.encode_text(tokens).float(), dim=-1)
 
-    @torch.no_grad()
     def encode_frames(self, frames: np.ndarray | torch.Tensor) -> torch.Tensor:
         """uint8 [B, H, W, 3], numpy or torch, on any device -> unit-norm float32 [B, D]."""
+        s = self._in_batches(self.clip.encode_image, frames)
+        nothing = torch.empty(0, self.goal.shape[-1], device=self.goal.device)
+        return F.normalize(torch.cat([nothing, *s]).float(), dim=-1)
+
+    def encode_maps(
+        self, frames: np.ndarray | torch.Tensor, cells: int = 9
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embeddings [B, D] as of `encode_frames`, and where in the frames what was seen: float32
+        features [B, h, w, C] of the image tower's last layer but one, at most `cells` to a side,
+        of rms 1 in each frame.
+        """
+        tower = partial(self.clip.forward_intermediates, image_indices=2)
+        outputs = self._in_batches(tower, frames)
+        s = torch.cat([output["image_features"] for output in outputs])
+        x = torch.cat([output["image_intermediates"][0] for output in outputs]).float()
+        height, width = (min(cells, side) for side in x.shape[-2:])
+        x = F.adaptive_avg_pool2d(x, (height, width))
+        x = x / x.square().mean((1, 2, 3), keepdim=True).sqrt()
+        return F.normalize(s.float(), dim=-1), x.permute(0, 2, 3, 1)
+
+    @torch.no_grad()
+    def _in_batches(self, tower: Callable, frames: np.ndarray | torch.Tensor) -> list:
+        """What an image tower makes of each batch of frames."""
         if isinstance(frames, np.ndarray):
             # torch takes neither the flipped views of a renderer nor read-only arrays.
             frames = torch.from_numpy(np.require(frames, requirements=["C", "W"]))
         if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[-1] != 3:
             raise ValueError(f"frames {frames.dtype} {list(frames.shape)}: not uint8 [B, H, W, 3]")
         device = self.goal.device
-        frames = frames.to(device)
-        s = torch.empty(len(frames), self.goal.shape[-1], device=device)  # [B, D]
+        frames, outputs = frames.to(device), []
         size = self.batch_size or (32 if device.type == "cpu" else 128)
         for start in range(0, len(frames), size):
-            chunk = slice(start, start + size)
-            images = self.preprocess(frames[chunk])
+            images = self.preprocess(frames[start : start + size])
             with torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-                embeddings = self.clip.encode_image(images)
-            s[chunk] = F.normalize(embeddings.float(), dim=-1)
-        return s
+                outputs.append(tower(images))
+        return outputs
 
     def preprocess(self, frames: torch.Tensor) -> torch.Tensor:
         """uint8 [B, H, W, 3] -> float32 [B, 3, h, w], as open_clip's PIL transform would do it."""

@@ -48,7 +48,8 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from clip_reward import CLIPReward, contrastive_reward  # before mujoco: torch goes ahead of GL
+# before mujoco: torch goes ahead of GL
+from clip_reward import CLIPReward, contrastive_reward, goal_baseline_reward
 
 GL_REMEDY = (
     "On Debian or Ubuntu: apt-get install libegl1 libgl1, or apt-get install libosmesa6 and set "
@@ -140,7 +141,7 @@ class Args:
     learning_starts: int = 10_000  # env steps of random actions before the first update
     updates_per_step: float = 0.25  # gradient updates per environment step of all ranks
     batch_size: int = 64  # transitions per update and rank
-    learning_rate: float = 3e-4  # of Adam
+    learning_rate: float = 5e-4  # of Adam
     gamma: float = 0.98  # discount factor
     n_step: int = 5  # steps of a target before it bootstraps
     target_every: int = 500  # updates between copies of the network into its target
@@ -154,8 +155,11 @@ class Args:
     relabel_fraction: float = 0.5
     """share of the sampled transitions that are trained, where there is one, for another goal that
     is reached then or later in their episode; 0 is the paper"""
+    policy_input: Literal["clip", "pixels"] = "clip"
+    """what the network sees of a frame: the feature map of CLIP's last layer but one, or small
+    pixels (the paper's)"""
     frame_stack: int = 1  # frames that the network sees
-    policy_size: int = 48  # width and height in pixels of the frames that the network sees
+    policy_size: int = 48  # width and height in pixels of the frames, where it sees pixels
 
 
 def check(condition: bool, message: str, exit_code: int = 2) -> None:
@@ -376,7 +380,6 @@ REACH = 1.2  # m from the eye: what can be grabbed
 NEAR, SEEN, CENTRAL = 1.2, 0.006, 0.2  # found: m from the eye, share of the frame, off its middle
 AT_REST = 0.3  # m/s, at most, of a toy that is placed
 ACTIONS = ("forward", "back", "left", "right", "up", "down", "grab", "release", "stay")
-STAY = ACTIONS.index("stay")
 
 
 def about_z(angle: float) -> tuple[float, float, float, float]:
@@ -417,7 +420,8 @@ class PlayhouseEnv(gym.Env):
     1 in a goal state, else 0. The CLIP reward of a frame is computed outside, in batches.
 
     ## Starting State
-    On a free spot of the floor, in any direction, looking 25 degrees down.
+    On a free spot of the floor, at least 1.2 m from the goal's toy, in any direction, looking 25
+    degrees down.
 
     ## Episode End
     Never by itself; `gym.make` truncates after `max_episode_steps` (100).
@@ -586,6 +590,8 @@ class PlayhouseEnv(gym.Env):
 
     def _agent(self, spec: mujoco.MjSpec) -> None:
         x, y = self._free_floor(0.3)
+        while math.dist((x, y), spec.body("toy0").pos[:2]) < NEAR:  # or a random walk finds it
+            x, y = self._free_floor(0.3)
         agent = spec.worldbody.add_body(name="agent")
         for name, axis in (("x", (1, 0, 0)), ("y", (0, 1, 0))):
             agent.add_joint(name=name, type=mujoco.mjtJoint.mjJNT_SLIDE, axis=axis)
@@ -1031,14 +1037,17 @@ class Replay:
     the number of steps before it: the step is in block t // K, which lies at t // K % C.
     """
 
-    def __init__(self, capacity: int, num_envs: int, steps: int, size: int, stack: int, device):
+    def __init__(self, capacity: int, steps: int, seen: torch.Tensor, stack: int, device: str):
+        """For what N environments `seen` like this one [N, h, w, C], `stack` of them a state."""
+        num_envs = len(seen)
         self.blocks, self.num_envs, self.steps = capacity // (num_envs * steps), num_envs, steps
         self.stack, self.device = stack, device
         self.head = 0  # the next block
         C, K, N = self.blocks, steps, num_envs
         rings = {
-            "frame": ((C, K + 1, N, size, size, 3), torch.uint8),
+            "seen": ((C, K + 1, *seen.shape), seen.dtype),
             "action": ((C, K, N), torch.uint8),
+            "traces": ((C, K, N, TRACES), torch.float16),  # of the actions before
             "score": ((C, K, N, len(TRAIN_GOALS)), torch.float32),
             "goal": ((C, N), torch.int64),
             "age": ((C, N), torch.int64),  # steps of the episode before the block
@@ -1059,7 +1068,8 @@ class Replay:
         }
 
     def add(self, **block: torch.Tensor) -> None:
-        """frame [K + 1, N, H, W, 3], action [K, N], score [K, N, 190], goal [N], age [N]."""
+        """seen [K + 1, N, h, w, C], action [K, N], traces [K, N, 27], score [K, N, 190], goal [N],
+        age [N]."""
         for name, value in block.items():
             self.data[name][self.head % self.blocks] = value
         # All blocks of the running episodes now have this one as their last.
@@ -1078,8 +1088,8 @@ class Replay:
         """Transitions of `n_step` steps, fewer where the goal is reached or the episode ends.
 
         Returns s; a [B], the first action; r [B] in {0, 1}, whether the goal is reached at s'; s';
-        the number of steps from s to s' [B]; the goal [B]. A state is its frames [B, H, W, 3 k]
-        uint8 and the action before them [B].
+        the number of steps from s to s' [B]; the goal [B]. A state is what is seen [B, h, w, C k]
+        and the traces of the actions before it [B, 27].
         """
 
         def draw(high: int) -> torch.Tensor:
@@ -1110,9 +1120,9 @@ class Replay:
         reached = self._at("score", times, n[:, None], goal[:, None]) > beta[goal][:, None]
         r, first = reached.any(1), reached.int().argmax(1, keepdim=True)
         end = torch.where(r, times.gather(1, first)[:, 0], times[:, -1])
-        previous = torch.where(age > 0, self._at("action", t - 1, n), STAY)
-        s = self._frames(t, n, 0), previous.long()
-        s_next = self._frames(end, n, 1), self._at("action", end, n).long()
+        s = self._frames(t, n, 0), self._at("traces", t, n).float()
+        acted = remember(self._at("traces", end, n).float(), self._at("action", end, n).long())
+        s_next = self._frames(end, n, 1), acted
         return s, self._at("action", t, n).long(), r.float(), s_next, end + 1 - t, goal
 
     def _at(self, name: str, t: torch.Tensor, *index: torch.Tensor) -> torch.Tensor:
@@ -1128,7 +1138,7 @@ class Replay:
             j = row - age.clamp(max=back)
             # Row 0 is also the last one of the block before.
             b, j = torch.where(j < 0, block - 1, block), torch.where(j < 0, j + self.steps, j)
-            frames.append(self.data["frame"][b % self.blocks, j, n])
+            frames.append(self.data["seen"][b % self.blocks, j, n])
         return torch.cat(frames, -1)
 
     def save(self, folder: Path, first: int) -> None:
@@ -1194,38 +1204,54 @@ def gather(value) -> list:
 
 
 class QNetwork(nn.Module):
-    """Q(s, g, a) of frames, the action before them and the goal's text embedding, which scales and
-    shifts each feature map (FiLM, arXiv 1709.07871): frames uint8 [B, H, W, 3 k], previous [B],
-    goal [B, D] -> [B, 9]. Without the action before, who sees no toy turns left and right in turn.
+    """Q(s, g, a) of what is seen [B, h, w, C], the traces of the actions before [B, 27] and the
+    goal's text embedding [B, D] -> [B, 9].
+
+    Half of the maps come from 1 x 1 filters that the goal writes itself: where is what it names?
     """
 
-    def __init__(self, frame_stack: int, size: int, goal_dim: int):
+    def __init__(self, seen: torch.Tensor, goal_dim: int, maps: int = 8):
         super().__init__()
-        channels = (3 * frame_stack, 16, 32, 64)
-        self.convolutions = nn.ModuleList(
-            nn.Conv2d(m, n, kernel, stride=2, padding=kernel // 2)
-            for m, n, kernel in zip(channels[:-1], channels[1:], (5, 3, 3), strict=True)
-        )
-        self.film = nn.ModuleList(nn.Linear(goal_dim, 2 * n) for n in channels[1:])
-        for film in self.film:  # the features are those of the image, until the goal has a say
-            nn.init.zeros_(film.weight)
-            nn.init.zeros_(film.bias)
-        self.hidden = nn.Linear(channels[-1] * (size // 8) ** 2, 256)
-        self.previous = nn.Embedding(len(ACTIONS), 256)
+        _, height, width, channels = seen.shape
+        self.stem = None
+        if seen.dtype == torch.uint8:
+            self.stem = nn.Sequential(
+                nn.Conv2d(channels, 32, 4, stride=4), nn.ReLU(),
+                nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.ReLU(),
+            )  # fmt: skip
+            height, width, channels = height // 8, width // 8, 64
+        self.filters = nn.Linear(goal_dim, maps * (channels + 1))  # weights and a bias of each
+        self.common = nn.Linear(channels, maps)
+        self.convolution = nn.Conv2d(2 * maps, 16, 3, padding=1)
+        self.hidden = nn.Linear(16 * height * width, 256)
+        self.traces = nn.Linear(TRACES, 256)
         self.gate = nn.Linear(goal_dim, 256)
         self.head = nn.Linear(256, len(ACTIONS))
-        self.to(memory_format=torch.channels_last)  # as frames are
 
-    def forward(
-        self, frames: torch.Tensor, previous: torch.Tensor, goal: torch.Tensor
-    ) -> torch.Tensor:
-        x = frames.permute(0, 3, 1, 2).float() / 255 - 0.5
-        goal = goal * goal.shape[-1] ** 0.5  # entries of about 1
-        for convolution, film in zip(self.convolutions, self.film, strict=True):
-            scale, shift = film(goal)[..., None, None].chunk(2, 1)
-            x = F.relu((1 + scale) * convolution(x) + shift)
-        x = F.relu(self.hidden(x.flatten(1)) + self.previous(previous))
+    def forward(self, seen: torch.Tensor, traces: torch.Tensor, goal: torch.Tensor) -> torch.Tensor:
+        x, goal = seen.float(), goal * goal.shape[-1] ** 0.5  # entries of about 1
+        if self.stem is not None:
+            x = self.stem(x.permute(0, 3, 1, 2) / 255 - 0.5).permute(0, 2, 3, 1)
+        cells = x.flatten(1, 2)  # [B, h w, C]
+        filters = self.filters(goal).unflatten(1, (-1, cells.shape[-1] + 1))
+        own = cells @ filters[..., :-1].mT / cells.shape[-1] ** 0.5 + filters[..., None, :, -1]
+        x = F.relu(torch.cat([own, self.common(cells)], -1)).unflatten(1, x.shape[1:3])
+        x = F.relu(self.convolution(x.permute(0, 3, 1, 2)))
+        x = F.relu(self.hidden(x.flatten(1)) + self.traces(traces))
         return self.head(x * torch.sigmoid(self.gate(goal)))
+
+
+# What the network knows of the past: how often each action was taken of late, as running averages
+# over the last step, the last 5 or so, and the last 20. Else who sees no toy turns left and right.
+RATES = (1.0, 0.2, 0.05)
+TRACES = len(RATES) * len(ACTIONS)
+
+
+def remember(traces: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
+    """The traces [N, 27] after one more action [N]."""
+    rates = torch.tensor(RATES, device=traces.device)[:, None]
+    taken = F.one_hot(action, len(ACTIONS))[:, None]  # [N, 1, 9]
+    return traces.unflatten(1, (len(RATES), -1)).lerp(taken.float(), rates).flatten(1)
 
 
 def shrink(frames: np.ndarray, size: int, device) -> torch.Tensor:
@@ -1233,6 +1259,17 @@ def shrink(frames: np.ndarray, size: int, device) -> torch.Tensor:
     x = torch.from_numpy(frames).to(device)
     factor = x.shape[1] // size
     return x.unflatten(2, (size, factor)).unflatten(1, (size, factor)).float().mean((2, 4)).byte()
+
+
+class Step(NamedTuple):
+    """One step of all N environments, on its way to the replay."""
+
+    seen: torch.Tensor  # [N, h, w, C], before it
+    traces: torch.Tensor  # [N, 27], before it
+    action: torch.Tensor  # [N]
+    frame: np.ndarray  # [N, H, W, 3], after it
+    embedding: torch.Tensor | None  # [N, D], of the frame, if it is known
+    info: dict
 
 
 TRAINING, SELECTION, REPORT, CALIBRATION, NOISE = range(5)  # uses of --seed, each a stream
@@ -1244,13 +1281,14 @@ def reset_seed(*key: int) -> int:
 
 
 def evaluate(
-    envs, policy, reached, episodes: int, key: tuple, goals: Sequence[Goal], args: Args, device: str
-):
-    """Play `episodes` to the time limit: `policy(stack, previous, goal, generator) -> action`.
+    envs, policy, see, reached, episodes: int, key: tuple, goals: Sequence[Goal], args: Args,
+    device: str,
+):  # fmt: skip
+    """Play `episodes` to the time limit: `policy(stack, traces, goal, generator) -> action`.
 
-    An episode succeeds if the simulator's state is ever one of its goal. `reached(frames, goal)`
-    [T, N], if given, says where CLIP's reward is 1, for `clip_success`. Returns the means over the
-    episodes, also by family, and the frames of the first episode [T, H, W, 3].
+    An episode succeeds if the simulator's state is ever one of its goal. `reached(frames,
+    embeddings, goal)` [T, N], if given, says where CLIP's reward is 1, for `clip_success`. Returns
+    the means over the episodes, also by family, and the frames of the first episode [T, H, W, 3].
     """
     results, film = defaultdict(list), None
     generator = torch.Generator(device).manual_seed(reset_seed(*key))
@@ -1260,23 +1298,26 @@ def evaluate(
             envs.reset_async(seed=seeds, options={"goals": goals})
             frame, info = envs.reset_wait(timeout=args.worker_timeout)
         goal, success = torch.from_numpy(info["goal"]).to(device), np.zeros(envs.num_envs, bool)
-        small = shrink(frame, args.policy_size, device)
-        stack = small.repeat(1, 1, 1, args.frame_stack)
-        frames, truncated, a = [frame], np.zeros(1, bool), torch.full_like(goal, STAY)
+        seen, _ = see(frame)
+        stack = seen.repeat(1, 1, 1, args.frame_stack)
+        traces = torch.zeros(envs.num_envs, TRACES, device=device)
+        frames, embeddings, truncated = [frame], [], np.zeros(1, bool)
         while not truncated.all():  # all at once
-            a = policy(stack, a, goal, generator)
+            a = policy(stack, traces, goal, generator)
             with worker_failures(envs, "evaluation"):
                 envs.step_async(a.cpu().numpy())
                 frame, _, _, truncated, info = envs.step_wait(timeout=args.worker_timeout)
             frames.append(frame)
-            small = shrink(frame, args.policy_size, device)
-            stack = torch.cat([stack[..., 3:], small], -1)
+            seen, s = see(frame)
+            embeddings.append(s)
+            stack = torch.cat([stack[..., seen.shape[-1] :], seen], -1)
+            traces = remember(traces, a)
             success |= info["success"]
         frames = np.stack(frames)  # [T + 1, N, H, W, 3]
         film = frames[:, 0] if film is None else film
         scored = {"success_rate": success}
         if reached is not None:
-            scored["clip_success"] = reached(frames[1:], goal).any(0)
+            scored["clip_success"] = reached(frames[1:], embeddings, goal).any(0)
         for i in range(min(envs.num_envs, episodes - first)):
             for name, values in scored.items():
                 results[name].append(values[i])
@@ -1397,7 +1438,21 @@ def main() -> None:
 
     threads = torch.get_num_threads()
     torch.manual_seed(args.seed)
-    q_network = QNetwork(args.frame_stack, args.policy_size, text.shape[1]).to(device)
+    blank = np.zeros((args.num_envs, args.frame_size, args.frame_size, 3), np.uint8)
+    channels = clip.encode_maps(blank[:1])[1].shape[-1]
+    # Fewer numbers to keep; a random projection nearly preserves distances.
+    projection = torch.randn(channels, 64).to(device) / channels**0.5
+
+    def see(frames: np.ndarray) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What the network sees of frames [N, H, W, 3]: [N, h, w, C], and CLIP's embeddings [N, D]
+        if they come with it."""
+        if args.policy_input == "pixels":
+            return shrink(frames, args.policy_size, device), None
+        s, maps = clip.encode_maps(frames)
+        return (maps @ projection).half(), s
+
+    example, _ = see(blank)
+    q_network = QNetwork(example.repeat(1, 1, 1, args.frame_stack), text.shape[1]).to(device)
     target = copy.deepcopy(q_network).requires_grad_(False)
     optimizer = torch.optim.Adam(q_network.parameters(), lr=args.learning_rate, fused=True)
     fixed_beta = 0.5 if args.reward == "env" else args.beta or 0.0
@@ -1406,9 +1461,15 @@ def main() -> None:
 
     temperature = args.temperature or clip.temperature
 
-    def score(frames: np.ndarray) -> torch.Tensor:
-        """CLIP's score of each frame [..., H, W, 3] for each goal: [..., 240]."""
-        rewards = clip(frames.reshape(-1, *frames.shape[-3:])).unflatten(0, frames.shape[:-3])
+    def score(frames: np.ndarray, embeddings: Sequence[torch.Tensor | None] = (None,)):
+        """CLIP's score of each frame [..., H, W, 3] for each goal: [..., 240]. Their embeddings
+        may be known, T of [N, D]."""
+        if embeddings[0] is None:
+            s = clip.encode_frames(frames.reshape(-1, *frames.shape[-3:]))
+            s = s.unflatten(0, frames.shape[:-3])
+        else:
+            s = torch.stack(embeddings)
+        rewards = goal_baseline_reward(s, clip.goal, clip.baseline, args.alpha)
         return family_scores(rewards, temperature) if args.reward == "contrastive" else rewards
 
     def is_reached(scores: torch.Tensor, goal: torch.Tensor) -> np.ndarray:
@@ -1416,20 +1477,20 @@ def main() -> None:
         return (scores > beta)[:, torch.arange(len(goal)), goal].cpu().numpy()
 
     @torch.no_grad()
-    def greedy(stack, previous, goal) -> torch.Tensor:
-        return q_network(stack, previous, text[goal]).argmax(-1)  # [N]
+    def greedy(stack, traces, goal) -> torch.Tensor:
+        return q_network(stack, traces, text[goal]).argmax(-1)  # [N]
 
-    def act(stack, previous, goal, generator: torch.Generator, epsilon: float) -> torch.Tensor:
+    def act(stack, traces, goal, generator: torch.Generator, epsilon: float) -> torch.Tensor:
         """Epsilon-greedy actions [N]."""
         options = {"generator": generator, "device": device}
         uniform = torch.randint(len(ACTIONS), (len(goal),), **options)
         explores = torch.rand(len(goal), **options) < epsilon
-        return torch.where(explores, uniform, greedy(stack, previous, goal))
+        return torch.where(explores, uniform, greedy(stack, traces, goal))
 
     policy = partial(act, epsilon=args.eval_epsilon)
     clip_reached = None
     if args.reward != "env":
-        clip_reached = lambda frames, goal: is_reached(score(frames), goal)
+        clip_reached = lambda frames, embeddings, goal: is_reached(score(frames, embeddings), goal)
 
     def final_report(run: Path) -> None:
         """The best and the last agent, beside a random one, in unseen homes."""
@@ -1444,10 +1505,11 @@ def main() -> None:
                 continue  # killed between its first evaluation and its first checkpoint
             state = load_checkpoint(run, file, "--evaluate")
             q_network.load_state_dict(state["q_network"])
+            projection.copy_(state["projection"])
             beta.copy_(state["beta"])
             for split, goals in (("train", train_goals), ("heldout", heldout_goals)):
                 report[name][split], _ = evaluate(
-                    envs, player, clip_reached, args.final_episodes, key, goals, args, device
+                    envs, player, see, clip_reached, args.final_episodes, key, goals, args, device
                 )
                 numbers = ", ".join(f"{k} {v:.3f}" for k, v in report[name][split].items())
                 print(f"{name:>6}, {split:>7} goals: {numbers}")
@@ -1455,7 +1517,7 @@ def main() -> None:
             (run / "report.json").write_text(json.dumps(report, indent=2) + "\n")
         if video_envs is not None:
             video = run / "videos" / "best.mp4"
-            _, film = evaluate(video_envs, policy, None, 1, key, train_goals, args, device)
+            _, film = evaluate(video_envs, policy, see, None, 1, key, train_goals, args, device)
             write_video(film, video, None, 0)
             print(f"video: {video}")
 
@@ -1465,10 +1527,7 @@ def main() -> None:
         video_envs.close()
         return
 
-    replay = Replay(
-        args.buffer_size, args.num_envs, args.score_every, args.policy_size, args.frame_stack,
-        device,
-    )  # fmt: skip
+    replay = Replay(args.buffer_size, args.score_every, example, args.frame_stack, device)
     name = f"PlayhouseCLIP-v0__{args.exp_name}__{args.seed}__{int(time.time())}"
     run = args.resume or Path("runs") / gather(name)[0]
     replay_folder = run / "replay" / str(RANK)
@@ -1481,6 +1540,7 @@ def main() -> None:
         q_network.load_state_dict(state["q_network"])
         target.load_state_dict(state["target"])
         optimizer.load_state_dict(state["optimizer"])
+        projection.copy_(state["projection"])
         beta.copy_(state["beta"])
         if state["device"] == device:  # else the noise starts anew
             generator.set_state(state["ranks"][RANK]["generator"])
@@ -1517,6 +1577,7 @@ def main() -> None:
             "q_network": q_network.state_dict(),
             "target": target.state_dict(),
             "optimizer": optimizer.state_dict(),
+            "projection": projection,
             "beta": beta,
             "device": device,
             "ranks": ranks,
@@ -1554,12 +1615,12 @@ def main() -> None:
         return math.floor(step * args.updates_per_step)
 
     frame, goal = reset(np.ones(args.num_envs, bool))
-    small = shrink(frame, args.policy_size, device)  # [N, h, w, 3]
-    stack = small.repeat(1, 1, 1, args.frame_stack)
-    previous = torch.full((args.num_envs,), STAY, device=device)  # the actions before
+    seen, _ = see(frame)  # [N, h, w, C]
+    stack = seen.repeat(1, 1, 1, args.frame_stack)
+    traces = torch.zeros(args.num_envs, TRACES, device=device)  # of the actions before
     starts = torch.ones(args.num_envs, dtype=torch.bool, device=device)  # of an episode
     # Whose action is random now, and which it is: both are drawn at the start.
-    exploring, wander = torch.zeros_like(starts), torch.zeros_like(previous)
+    exploring, wander = torch.zeros_like(starts), torch.zeros_like(starts, dtype=torch.int64)
     age = np.zeros(args.num_envs, np.int64)  # steps of the running episodes
     pending = []  # steps of the running block
     loss, episodes = None, defaultdict(list)  # since the last log
@@ -1580,7 +1641,7 @@ def main() -> None:
         exploring = torch.where(redraw, explores, exploring)
         uniform = torch.randint(len(ACTIONS), (args.num_envs,), **options)
         wander = torch.where(redraw, uniform, wander)
-        a = torch.where(exploring, wander, greedy(stack, previous, own))  # [N]
+        a = torch.where(exploring, wander, greedy(stack, traces, own))  # [N]
         with worker_failures(envs, f"step {step}"):
             envs.step_async(a.cpu().numpy())
         lap("act")
@@ -1616,30 +1677,32 @@ def main() -> None:
             frame, _, _, truncated, info = envs.step_wait(timeout=args.worker_timeout)
         lap("env")
         step += stride
-        pending.append((small, a, frame, info))
-        small = shrink(frame, args.policy_size, device)
-        stack, previous = torch.cat([stack[..., 3:], small], -1), a
+        before, (seen, s) = seen, see(frame)
+        lap("clip")
+        pending.append(Step(before, traces, a, frame, s, info))
+        stack = torch.cat([stack[..., seen.shape[-1] :], seen], -1)
+        traces = remember(traces, a)
         starts = torch.zeros_like(starts)
         bar.update(stride)
         if len(pending) < args.score_every:
             continue
 
         # ---- Score the frames of a block in one batch, and store it
-        frames = np.stack([p[2] for p in pending])  # [K, N, H, W, 3]
         if args.reward == "env":
-            scores = torch.from_numpy(np.stack([p[3]["reached"] for p in pending]))
+            scores = torch.from_numpy(np.stack([p.info["reached"] for p in pending]))
             scores = scores.to(device).float()  # [K, N, 240]
         else:
-            scores = score(frames)
+            scores = score(np.stack([p.frame for p in pending]), [p.embedding for p in pending])
             stop_if_nan("the CLIP reward", [scores])
         replay.add(
-            frame=torch.stack([p[0] for p in pending] + [small]),
-            action=torch.stack([p[1] for p in pending]),
+            seen=torch.stack([p.seen for p in pending] + [seen]),
+            action=torch.stack([p.action for p in pending]),
+            traces=torch.stack([p.traces for p in pending]),
             score=scores[..., : len(TRAIN_GOALS)],
             goal=own,
             age=torch.from_numpy(age).to(device),
         )
-        success = np.stack([p[3]["success"] for p in pending])  # [K, N]
+        success = np.stack([p.info["success"] for p in pending])  # [K, N]
         pending.clear()
         age += args.score_every
         r = is_reached(scores, own)  # [K, N]
@@ -1661,10 +1724,10 @@ def main() -> None:
         if evaluates and RANK == 0:  # the others wait in the next average or gather
             key = args.seed, SELECTION
             summary, _ = evaluate(
-                envs, policy, clip_reached, args.eval_episodes, key, train_goals, args, device
+                envs, policy, see, clip_reached, args.eval_episodes, key, train_goals, args, device
             )
             if video_envs is not None:
-                _, film = evaluate(video_envs, policy, None, 1, key, train_goals, args, device)
+                _, film = evaluate(video_envs, policy, see, None, 1, key, train_goals, args, device)
                 write_video(film, run / "videos" / f"{step}.mp4", writer, step)
             for name, value in summary.items():
                 writer.add_scalar(f"eval/{name}", value, step)
@@ -1698,9 +1761,9 @@ def main() -> None:
         if ended.any():
             new_frame, new_goal = reset(ended)
             new = torch.from_numpy(ended).to(device)
-            small[new] = shrink(new_frame, args.policy_size, device)[new]
-            stack[new] = small[new].repeat(1, 1, 1, args.frame_stack)
-            previous[new], starts = STAY, new
+            seen[new] = see(new_frame)[0][new]
+            stack[new] = seen[new].repeat(1, 1, 1, args.frame_stack)
+            traces[new], starts = 0, new
             goal, age = np.where(ended, new_goal, goal), np.where(ended, 0, age)
             lap("env")
     bar.close()

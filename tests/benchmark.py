@@ -112,6 +112,16 @@ def save_random_clip(architecture: str, folder: Path) -> None:
 # ---- The loop, watched from the environment's side
 
 
+class StillCLIP(CLIPReward):
+    """Encodes a number of frames once, and then always says the same of as many."""
+
+    def encode_maps(self, frames, *cells):
+        self.known = getattr(self, "known", {})
+        if len(frames) not in self.known:
+            self.known[len(frames)] = super().encode_maps(frames, *cells)
+        return self.known[len(frames)]
+
+
 class Measured(BaseException):
     """Ends the training when the clock has been read; no `except Exception` stops it."""
 
@@ -221,7 +231,8 @@ def train(args: Args, still: bool) -> dict:
         return watched[0]
 
     script.make_envs = make_watched_envs
-    settings.reward = "env" if still else settings.reward
+    if still:
+        settings.reward, script.CLIPReward = "env", StillCLIP
     script.parse_args = lambda: settings
     with tempfile.TemporaryDirectory() as folder, gpu_watch() as busy:
         os.chdir(folder)  # runs/ goes there
@@ -304,10 +315,12 @@ def clip_stage(args: Args) -> dict:
         prompts, baseline = [goal.prompt for goal in script.GOALS], settings.baseline
     precision = "bf16" if bf16 else "fp32"
     clip = CLIPReward(settings.clip_model, prompts, baseline, device=device, precision=precision)
-    count = settings.num_envs * settings.score_every
+    each_step = args.script == "dqn" and settings.policy_input == "clip"  # the policy needs it
+    count = settings.num_envs * (1 if each_step else settings.score_every)
     shape = count, settings.frame_size, settings.frame_size, 3
     frames = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-    seconds, cpu = clock(lambda: clip(frames).cpu(), args.seconds)
+    encode = clip.encode_maps if each_step else clip.encode_frames
+    seconds, cpu = clock(lambda: encode(frames)[0].cpu(), args.seconds)
     torch.backends.mha.set_fastpath_enabled(False)  # the counter does not know the fused kernels
     with FlopCounterMode(display=False) as counter:
         clip(frames[:1])

@@ -270,6 +270,37 @@ def test_forward_is_the_reward_of_the_embeddings(reward):
     assert (reward(frames) - expected).abs().max() < 2e-6
 
 
+@pytest.mark.parametrize("cells", [9, 4])
+def test_maps_say_where_in_the_frame(cells):
+    """Of the bundled resnet, which has 9 x 9 of them."""
+    reward = CLIPReward(str(SCRIPT.parent / "tests" / "tiny_clip"), ["a red ball"], "a room")
+    (frame,) = pictures((144, 144))
+    changed = frame.copy()
+    changed[:40, -40:] = 255 - changed[:40, -40:]  # top right
+    frames, layer3 = np.stack([frame, changed]), []
+    reward.clip.visual.layer3.register_forward_hook(lambda *call: layer3.append(call[-1]))
+    s, maps = reward.encode_maps(frames, cells)
+    assert (s - reward.encode_frames(frames)).abs().max() < 1e-5
+    x = F.adaptive_avg_pool2d(layer3[0], cells).permute(0, 2, 3, 1)  # [B, h, w, C]
+    assert maps.shape == (2, cells, cells, 256)
+    assert torch.allclose(maps, torch.stack([x[i] / x[i].square().mean().sqrt() for i in (0, 1)]))
+    other = (x[0] - x[1]).abs().amax(-1)  # [h, w]
+    assert other[0, -1] > 10 * max(other[0, 0], other[-1, -1], other[-1, 0])
+
+
+@pytest.mark.parametrize("B", [1, 3])
+def test_maps_come_with_the_embeddings(reward, B):
+    """Of a vision transformer, in batches of any size, and with the head's token left out."""
+    frames = np.stack(pictures(*[(40, 50)] * B))
+    s, maps = reward.encode_maps(frames)
+    assert (s - reward.encode_frames(frames)).abs().max() < 1e-5
+    whole, reward.batch_size = reward.batch_size, 1
+    assert torch.allclose(maps, reward.encode_maps(frames)[1], atol=1e-4)
+    reward.batch_size = whole
+    patches = reward.clip.visual.grid_size
+    assert maps.shape[:3] == (B, *patches) and torch.isfinite(maps).all()
+
+
 def test_several_prompts_make_one_goal_of_unit_norm(random_clip):
     reward = CLIPReward(str(random_clip), [GOALS, "a robot"], BASELINE)
     mean = reward.encode_text(GOALS).sum(0) / 2
@@ -312,7 +343,10 @@ def test_compiled_embeddings_are_the_same(random_clip, reward, monkeypatch):
     compiled = CLIPReward(str(random_clip), GOALS, BASELINE, compile=True)
     frames = np.stack(pictures((32, 32), (32, 32)))
     assert (compiled.encode_frames(frames) - reward.encode_frames(frames)).abs().max() < 1e-5
-    assert len(calls) == 1
+    assert len(calls) == 2  # for the embeddings alone, and with the maps
+    s, maps = compiled.encode_maps(frames)
+    assert (s - reward.encode_frames(frames)).abs().max() < 1e-5
+    assert (maps - reward.encode_maps(frames)[1]).abs().max() < 1e-4
 
 
 def test_state_dict_has_no_buffers_of_the_reward(reward):

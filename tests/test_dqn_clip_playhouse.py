@@ -92,6 +92,7 @@ def test_each_home_has_what_its_goal_needs(env):
         assert goal in TRAIN_GOALS and goal == env.goal and not info["success"]
         assert (goal.colour, goal.kind) == env.toys[0] and len(set(env.toys)) == len(env.toys)
         assert 4 <= len(env.toys) <= 6 and set(PLACES) <= set(env.furniture)
+        assert np.linalg.norm(env.position - env.toy_position(0)[:2]) > 1.1  # not there already
         # Both words matter: another toy of this kind, and another of this colour.
         assert sum(kind == goal.kind for _, kind in env.toys) >= 2
         assert sum(colour == goal.colour for colour, _ in env.toys) >= 2

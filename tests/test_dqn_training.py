@@ -16,12 +16,14 @@ from dqn_clip_playhouse import (  # first: it puts torch before the first GL con
     GOALS,
     HELDOUT_GOALS,
     TRAIN_GOALS,
+    TRACES,
     PlayhouseEnv,
     QNetwork,
     Replay,
     calibrate,
     family_scores,
     main,
+    remember,
     shrink,
 )
 
@@ -86,10 +88,13 @@ def fill(replay: Replay, blocks: int, seed: int = 0, first: int = 0):
     episode, age = np.full(ENVS, first), np.zeros(ENVS, np.int64)
     goal = rng.integers(TRAIN, size=ENVS)
     frame = [photograph(n, (n, episode[n]), 0) for n in range(ENVS)]
+    taken = torch.zeros(ENVS, TRACES)
     for _ in range(blocks):
-        frames, actions, scores = [torch.stack(frame)], [], []
+        frames, actions, traces, scores = [torch.stack(frame)], [], [], []
         for k in range(STEPS):
             actions.append(torch.from_numpy(rng.integers(len(ACTIONS), size=ENVS)).byte())
+            traces.append(taken)
+            taken = remember(taken, actions[-1].long())
             scores.append(torch.from_numpy(rng.random((ENVS, TRAIN))).float())
             for n in range(ENVS):
                 key = n, int(episode[n])
@@ -97,14 +102,29 @@ def fill(replay: Replay, blocks: int, seed: int = 0, first: int = 0):
                 frame[n] = photograph(n, (n, episode[n]), int(age[n]) + k + 1)
             frames.append(torch.stack(frame))
         replay.add(
-            frame=torch.stack(frames), action=torch.stack(actions), score=torch.stack(scores),
-            goal=torch.from_numpy(goal.copy()), age=torch.from_numpy(age.copy()),
+            seen=torch.stack(frames), action=torch.stack(actions), traces=torch.stack(traces),
+            score=torch.stack(scores), goal=torch.from_numpy(goal.copy()),
+            age=torch.from_numpy(age.copy()),
         )  # fmt: skip
         age += STEPS
         for n in np.flatnonzero(rng.random(ENVS) < 0.3):
             episode[n], age[n], goal[n] = episode[n] + 1, 0, rng.integers(TRAIN)
+            taken[n] = 0
             frame[n] = photograph(n, (n, episode[n]), 0)
     return numbers, steps
+
+
+PHOTOGRAPHS = torch.zeros(ENVS, 8, 8, 3, dtype=torch.uint8)
+
+
+def traces_of(actions: list[torch.Tensor]) -> torch.Tensor:
+    """Running averages over one step, five and twenty, one action at a time: [27]."""
+    traces = torch.zeros(3, len(ACTIONS))
+    for action in actions:
+        for row, rate in enumerate((1, 1 / 5, 1 / 20)):
+            traces[row] *= 1 - rate
+            traces[row, int(action)] += rate
+    return traces.flatten()
 
 
 def number(pixel: torch.Tensor) -> int:
@@ -114,7 +134,7 @@ def number(pixel: torch.Tensor) -> int:
 @pytest.mark.parametrize("blocks", [20, 200])
 @pytest.mark.parametrize(("stack", "n_step"), [(1, 1), (3, 1), (1, 5), (3, 5)])
 def test_replay_returns_true_transitions_of_its_latest_blocks(blocks, stack, n_step):
-    replay = Replay(50 * STEPS * ENVS, ENVS, STEPS, 8, stack, "cpu")
+    replay = Replay(50 * STEPS * ENVS, STEPS, PHOTOGRAPHS, stack, "cpu")
     numbers, steps = fill(replay, blocks)
     beta = torch.full((ALL,), 0.995)
     generator = torch.Generator().manual_seed(0)
@@ -133,8 +153,9 @@ def test_replay_returns_true_transitions_of_its_latest_blocks(blocks, stack, n_s
         assert n[i] == length
         assert r[i] == float(reached[at + length - 1])
         assert a[i] == episode[at][0]
-        assert s[1][i] == (episode[at - 1][0] if at else ACTIONS.index("stay"))
-        assert s_next[1][i] == episode[at + length - 1][0]
+        actions = [action for action, _ in episode]
+        for traces, end in ((s[1][i], at), (s_next[1][i], at + length)):
+            assert (traces - traces_of(actions[:end])).abs().max() < 2e-3  # kept in float16
         for back in range(stack):  # the oldest frame comes first, and none from before the start
             pixels = slice(3 * (stack - 1 - back), 3 * (stack - back))
             assert numbers[number(s[0][i, 0, 0, pixels])] == (key, max(at - back, 0))
@@ -156,7 +177,7 @@ def test_replay_returns_true_transitions_of_its_latest_blocks(blocks, stack, n_s
 
 
 def test_no_relabelling_leaves_every_goal_its_own():
-    replay = Replay(50 * STEPS * ENVS, ENVS, STEPS, 8, 1, "cpu")
+    replay = Replay(50 * STEPS * ENVS, STEPS, PHOTOGRAPHS, 1, "cpu")
     numbers, steps = fill(replay, 20)
     beta, generator = torch.full((ALL,), 0.5), torch.Generator().manual_seed(0)
     s, *_, goal = replay.sample(500, beta, 0.0, 3, generator)
@@ -166,7 +187,7 @@ def test_no_relabelling_leaves_every_goal_its_own():
 
 def test_replay_comes_back_from_its_files(tmp_path):
     def empty():
-        return Replay(20 * STEPS * ENVS, ENVS, STEPS, 8, 2, "cpu")
+        return Replay(20 * STEPS * ENVS, STEPS, PHOTOGRAPHS, 2, "cpu")
 
     def draw(replay):
         generator = torch.Generator().manual_seed(0)
@@ -193,21 +214,24 @@ def test_shrink_is_the_mean_of_squares():
     np.testing.assert_array_equal(shrink(frames, 4, "cpu").numpy(), expected)
 
 
-def test_the_network_depends_on_goal_action_before_and_every_frame():
+@pytest.mark.parametrize(
+    "seen",
+    [torch.randint(256, (3, 16, 16, 6), dtype=torch.uint8), torch.randn(3, 5, 4, 6).half()],
+    ids=["pixels", "maps"],
+)
+def test_the_network_depends_on_goal_traces_and_everything_seen(seen):
     torch.manual_seed(0)
-    network = QNetwork(2, 16, 8)
-    for film in network.film:  # which starts at 0
-        torch.nn.init.normal_(film.weight)
-    frames, previous = torch.randint(256, (3, 16, 16, 6), dtype=torch.uint8), torch.arange(3)
+    network = QNetwork(seen, 8)
+    traces = torch.rand(3, TRACES)
     goal = torch.nn.functional.normalize(torch.randn(3, 8), dim=-1)
-    q = network(frames, previous, goal)
+    q = network(seen, traces, goal)
     assert q.shape == (3, len(ACTIONS))
-    assert not torch.allclose(q, network(frames, previous, goal.flip(0)))
-    assert (q != network(frames, previous + 1, goal)).any(1).all()
+    assert not torch.allclose(q, network(seen, traces, goal.flip(0)))
+    assert (q != network(seen, traces + 0.1, goal)).any(1).all()
     for channel in range(6):
-        other = frames.clone()
+        other = seen.clone()
         other[..., channel] = 255 - other[..., channel]
-        assert (q != network(other, previous, goal)).any(1).all()
+        assert (q != network(other, traces, goal)).any(1).all()
 
 
 # ---- Whole runs ---------------------------------------------------------------------------------
@@ -259,7 +283,8 @@ def test_a_run_leaves_everything_it_promises(finished):
 
 def test_training_moves_every_parameter(finished, random_clip):
     torch.manual_seed(1)
-    start = QNetwork(1, 48, 64).state_dict()
+    torch.randn(64, 64)  # the projection comes first
+    start = QNetwork(torch.zeros(4, 2, 2, 64).half(), 64).state_dict()
     end = torch.load(finished[0] / "last.pt", weights_only=True)["q_network"]
     for name, value in end.items():
         assert not torch.equal(start[name], value), name
@@ -278,10 +303,11 @@ def test_killed_and_resumed_equals_uninterrupted(finished, tmp_path, random_clip
 def test_the_other_reward_calibration_and_stack_train_as_well(tmp_path, random_clip):
     flags = ["--reward", "projection", "--alpha", "0.5", "--calibrate-with-labels"]
     flags += ["--frame-stack", "2", "--family", "find", "--no-capture-video"]
+    flags += ["--policy-input", "pixels"]
     result = train(SCRIPT, tmp_path, *SMALL, *flags, "--clip-model", random_clip)
     assert result.returncode == 0, result.stderr
     state = torch.load(only_run(tmp_path) / "last.pt", weights_only=True)
-    assert state["q_network"]["convolutions.0.weight"].shape[1] == 6  # channels of two frames
+    assert state["q_network"]["stem.0.weight"].shape[1] == 6  # channels of two frames
     of_find = torch.tensor([goal.family == "find" for goal in GOALS])
     assert (state["beta"][~of_find] == math.inf).all()  # never reached, as they are not trained
     (beta,) = state["beta"][of_find].unique()
@@ -321,13 +347,14 @@ def test_goals_are_told_apart_and_learned(tmp_path, monkeypatch, random_clip):
         "48", "--eval-every", "4800", "--eval-episodes", "2", "--final-episodes", "2",
         "--buffer-size", "6400", "--score-every", "20", "--gamma", "0.5",
         "--no-capture-video", "--clip-model", str(random_clip), "--device", "cpu",
+        "--policy-input", "pixels",
     ]  # fmt: skip
     monkeypatch.setattr(sys, "argv", ["dqn_clip_playhouse.py", *flags])
     main()
     from clip_reward import CLIPReward
 
     state = torch.load(only_run(tmp_path) / "last.pt", weights_only=True)
-    network = QNetwork(1, 48, 64)
+    network = QNetwork(torch.zeros(1, 48, 48, 3, dtype=torch.uint8), 64)
     network.load_state_dict(state["q_network"])
     text = CLIPReward(str(random_clip), [goal.prompt for goal in GOALS], "a room").goal
     text = torch.nn.functional.normalize(text - text[:TRAIN].mean(0), dim=-1)
@@ -335,8 +362,8 @@ def test_goals_are_told_apart_and_learned(tmp_path, monkeypatch, random_clip):
     env, right = PlayhouseEnv("rgb_array", width=48, height=48), 0
     for seed in range(20):
         frame, _ = env.reset(seed=10_000 + seed)
-        stay = torch.full((2,), ACTIONS.index("stay"))
-        q = network(shrink(frame[None], 48, "cpu").repeat(2, 1, 1, 1), stay, text)
+        nothing = torch.zeros(2, TRACES)
+        q = network(shrink(frame[None], 48, "cpu").repeat(2, 1, 1, 1), nothing, text)
         right += (q.argmax(-1) == torch.tensor([ACTIONS.index("up"), ACTIONS.index("down")])).sum()
     env.close()
     assert right >= 36  # of 40
@@ -379,9 +406,9 @@ def test_bad_input_is_one_line(tmp_path, random_clip, flags, words, monkeypatch,
 
 def test_a_replay_that_does_not_fit_is_refused(capsys):
     with pytest.raises(SystemExit):
-        Replay(10**10, 16, 4, 48, 1, "cpu")
+        Replay(10**10, 4, torch.zeros(16, 48, 48, 3, dtype=torch.uint8), 1, "cpu")
     errors = capsys.readouterr().err
-    assert errors.startswith("--buffer-size 10000000000: takes 87") and errors.count("\n") == 1
+    assert errors.startswith("--buffer-size 10000000000: takes 88") and errors.count("\n") == 1
 
 
 def test_a_resumed_run_keeps_its_arguments(finished, monkeypatch, capsys):
