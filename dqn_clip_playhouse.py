@@ -133,7 +133,8 @@ class Args:
     """of CLIP; auto is bf16 on CUDA (older than Ampere: take fp32), or a CPU with AMX"""
     compile: bool = False  # torch.compile CLIP's image tower
     score_every: int = 4
-    """steps of all environments whose frames make one CLIP batch; episodes end only after them"""
+    """steps of all environments that make one block: episodes end only after it, and where the
+    policy sees pixels, its frames are one CLIP batch"""
 
     # ---- Algorithm
 
@@ -1204,7 +1205,7 @@ def gather(value) -> list:
 
 
 class QNetwork(nn.Module):
-    """Q(s, g, a) of what is seen [B, h, w, C], the traces of the actions before [B, 27] and the
+    """Q(s, g, a) of what is seen [B, h, w, C k], the traces of the actions before [B, 27] and the
     goal's text embedding [B, D] -> [B, 9].
 
     Half of the maps come from 1 x 1 filters that the goal writes itself: where is what it names?
@@ -1214,7 +1215,7 @@ class QNetwork(nn.Module):
         super().__init__()
         _, height, width, channels = seen.shape
         self.stem = None
-        if seen.dtype == torch.uint8:
+        if seen.dtype == torch.uint8:  # pixels, [B, H, W, 3 k]
             self.stem = nn.Sequential(
                 nn.Conv2d(channels, 32, 4, stride=4), nn.ReLU(),
                 nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.ReLU(),
@@ -1761,7 +1762,7 @@ def main() -> None:
         if ended.any():
             new_frame, new_goal = reset(ended)
             new = torch.from_numpy(ended).to(device)
-            seen[new] = see(new_frame)[0][new]
+            seen[new], _ = see(new_frame[ended])
             stack[new] = seen[new].repeat(1, 1, 1, args.frame_stack)
             traces[new], starts = 0, new
             goal, age = np.where(ended, new_goal, goal), np.where(ended, 0, age)

@@ -112,7 +112,7 @@ def test_ranks_end_with_equal_networks_in_one_folder(ended):
     noise = [rank["generator"] for rank in state["ranks"]]
     assert not torch.equal(*noise)
     parts = [torch.load(next((run / "replay" / str(i)).glob("0-*.pt"))) for i in range(2)]
-    seen = [part["frame"] if "frame" in part else part["data"][0] for part in parts]
+    seen = [part["seen"] if "seen" in part else part["data"][0] for part in parts]
     assert not torch.equal(seen[0][0], seen[1][0])  # episodes of their own, from the first state on
     logged = [event.step for event in scalars(run)["eval/success_rate"]]
     assert logged == list(range(800, state["step"] + 1, 800))  # each once
