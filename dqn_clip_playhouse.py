@@ -201,6 +201,7 @@ def check_args(args: Args) -> None:
     divides = MAX_STEPS % args.score_every == 0
     require("score_every", divides, f"must divide the {MAX_STEPS} steps of an episode")
     divides = args.policy_size % 8 == 0 and args.frame_size % args.policy_size == 0
+    divides |= args.policy_input == "clip"  # without effect then
     remedy = f"must be a multiple of 8 that divides --frame-size {args.frame_size}"
     require("policy_size", divides, remedy)
     remedy = f"must be at most --score-every {args.score_every}"
@@ -1314,8 +1315,7 @@ def evaluate(
             stack = torch.cat([stack[..., seen.shape[-1] :], seen], -1)
             traces = remember(traces, a)
             success |= info["success"]
-        frames = np.stack(frames)  # [T + 1, N, H, W, 3]
-        film = frames[:, 0] if film is None else film
+        film = np.stack([frame[0] for frame in frames]) if film is None else film
         scored = {"success_rate": success}
         if reached is not None:
             scored["clip_success"] = reached(frames[1:], embeddings, goal).any(0)
@@ -1462,10 +1462,11 @@ def main() -> None:
 
     temperature = args.temperature or clip.temperature
 
-    def score(frames: np.ndarray, embeddings: Sequence[torch.Tensor | None] = (None,)):
-        """CLIP's score of each frame [..., H, W, 3] for each goal: [..., 240]. Their embeddings
-        may be known, T of [N, D]."""
+    def score(frames, embeddings: Sequence[torch.Tensor | None] = (None,)) -> torch.Tensor:
+        """CLIP's score of each frame, [N, H, W, 3] or T of them, for each goal: [..., 240]. Their
+        embeddings may be known, T of [N, D]."""
         if embeddings[0] is None:
+            frames = np.asarray(frames)
             s = clip.encode_frames(frames.reshape(-1, *frames.shape[-3:]))
             s = s.unflatten(0, frames.shape[:-3])
         else:
@@ -1688,12 +1689,12 @@ def main() -> None:
         if len(pending) < args.score_every:
             continue
 
-        # ---- Score the frames of a block in one batch, and store it
+        # ---- Score the frames of a block, and store it
         if args.reward == "env":
             scores = torch.from_numpy(np.stack([p.info["reached"] for p in pending]))
             scores = scores.to(device).float()  # [K, N, 240]
         else:
-            scores = score(np.stack([p.frame for p in pending]), [p.embedding for p in pending])
+            scores = score([p.frame for p in pending], [p.embedding for p in pending])
             stop_if_nan("the CLIP reward", [scores])
         replay.add(
             seen=torch.stack([p.seen for p in pending] + [seen]),

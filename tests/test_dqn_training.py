@@ -17,10 +17,12 @@ from dqn_clip_playhouse import (  # first: it puts torch before the first GL con
     HELDOUT_GOALS,
     TRAIN_GOALS,
     TRACES,
+    Args,
     PlayhouseEnv,
     QNetwork,
     Replay,
     calibrate,
+    check_args,
     family_scores,
     main,
     remember,
@@ -379,7 +381,11 @@ def test_goals_are_told_apart_and_learned(tmp_path, monkeypatch, random_clip):
         (["--eval-every", "800"], ["--eval-every 800", "raise it to 1600"]),
         (["--track"], ["--track", "pip install wandb"]),
         (["--score-every", "7"], ["--score-every 7", "divide"]),
-        (["--policy-size", "36"], ["--policy-size 36", "multiple of 8"]),
+        (
+            ["--policy-size", "36", "--policy-input", "pixels"],
+            ["--policy-size 36", "multiple of 8"],
+        ),
+        (["--frame-size", "224", "--policy-input", "pixels"], ["--policy-size 48", "224"]),
         (["--frame-stack", "9"], ["--frame-stack 9", "--score-every"]),
         (["--relabel-fraction", "-0.5"], ["--relabel-fraction -0.5"]),
         (["--buffer-size", "500"], ["--buffer-size 500", "3200"]),
@@ -402,6 +408,10 @@ def test_bad_input_is_one_line(tmp_path, random_clip, flags, words, monkeypatch,
     assert exit_.value.code == 2
     assert errors.count("\n") == 1 and all(word in errors for word in words), errors
     assert not (tmp_path / "runs").exists()
+
+
+def test_the_size_of_pixels_matters_only_to_who_sees_them():
+    check_args(Args(frame_size=224))
 
 
 def test_a_replay_that_does_not_fit_is_refused(capsys):
