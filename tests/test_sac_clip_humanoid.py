@@ -660,11 +660,16 @@ def test_a_resumed_run_keeps_its_arguments(finished, option, value, old, monkeyp
     assert f"{option} {value}" in errors and old in errors
 
 
-def test_a_damaged_checkpoint_is_named(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("content", [None, {"args": {"an_old_flag": 1}}])
+def test_a_checkpoint_that_is_damaged_or_of_another_version_is_named(
+    content, tmp_path, monkeypatch, capsys
+):
     (tmp_path / "last.pt").write_bytes(b"broken")
+    if content:
+        torch.save(content, tmp_path / "last.pt")
     monkeypatch.setattr(sys, "argv", [SCRIPT, "--resume", str(tmp_path)])
     with pytest.raises(SystemExit) as exit_:
         main()
     errors = capsys.readouterr().err
     assert exit_.value.code == 2 and errors.count("\n") == 1
-    assert f"--resume {tmp_path}" in errors
+    assert f"--resume {tmp_path}" in errors and ("version" in errors) == bool(content)
