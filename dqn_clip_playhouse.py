@@ -374,7 +374,8 @@ SURFACES = {"bed": (0.33, 0.3, -0.34), "table": (0.425, 0.3, 0.0), "sofa": (0.28
 
 
 EYE, HAND, RADIUS = 0.75, (0.5, 0.55), 0.2  # m: height of the eye; hand: ahead, height; body
-STRIDE, TURN = 0.2, math.radians(20)  # of one step
+STRIDE, TURN = 0.2, math.radians(25)  # of one step
+APART = 1.5  # m, at least, from the start to the goal's toy, or a random walk finds it
 TILTS = tuple(math.radians(degrees) for degrees in (-50, -25, 0))  # of the view
 GRAB_FROM, RELEASE_FROM = (0.4, 0.9), (0.42, 0.58)  # m on the floor, for a sure success
 TOY_GROUP = 1  # of the geoms that a carried toy passes through
@@ -408,8 +409,8 @@ class PlayhouseEnv(gym.Env):
     | --- | --------------------------- | --- | ---------------------------------------------- |
     | 0   | walk 0.2 m forward          | 5   | look 25 degrees lower (down to -50)            |
     | 1   | walk 0.2 m back             | 6   | grab the nearest toy in reach that is central  |
-    | 2   | turn 20 degrees to the left | 7   | release it, where there is room                |
-    | 3   | turn 20 degrees to the right| 8   | stay                                           |
+    | 2   | turn 25 degrees to the left | 7   | release it, where there is room                |
+    | 3   | turn 25 degrees to the right| 8   | stay                                           |
     | 4   | look 25 degrees higher      |     |                                                |
 
     Contact stops the body at walls and furniture; toys obey physics. A toy in the hand is carried
@@ -422,8 +423,8 @@ class PlayhouseEnv(gym.Env):
     1 in a goal state, else 0. The CLIP reward of a frame is computed outside, in batches.
 
     ## Starting State
-    On a free spot of the floor, at least 1.2 m from the goal's toy, in any direction, looking 25
-    degrees down.
+    On a free spot of the floor in the room of the goal's toy, at least 1.5 m from it, in any
+    direction, looking 25 degrees down.
 
     ## Episode End
     Never by itself; `gym.make` truncates after `max_episode_steps` (100).
@@ -592,7 +593,8 @@ class PlayhouseEnv(gym.Env):
 
     def _agent(self, spec: mujoco.MjSpec) -> None:
         x, y = self._free_floor(0.3)
-        while math.dist((x, y), spec.body("toy0").pos[:2]) < NEAR:  # or a random walk finds it
+        X, Y, _ = spec.body("toy0").pos
+        while x * X < 0 or math.hypot(x - X, y - Y) < APART:
             x, y = self._free_floor(0.3)
         agent = spec.worldbody.add_body(name="agent")
         for name, axis in (("x", (1, 0, 0)), ("y", (0, 1, 0))):
@@ -1349,10 +1351,15 @@ def atomic_save(state: dict, path: Path) -> None:
 
 def load_checkpoint(run: Path, name: str, option: str) -> dict:
     try:
-        return torch.load(run / name, map_location="cpu", weights_only=True)
+        state = torch.load(run / name, map_location="cpu", weights_only=True)
     except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         check(False, f"{option} {run}: cannot load its {name} ({reason}); name a run that has one")
+    check(
+        state["args"].keys() == asdict(Args()).keys(),
+        f"{option} {run}: another version of this script made its {name}; go on with that version",
+    )
+    return state
 
 
 def parse_args() -> Args:

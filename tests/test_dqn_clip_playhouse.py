@@ -92,7 +92,8 @@ def test_each_home_has_what_its_goal_needs(env):
         assert goal in TRAIN_GOALS and goal == env.goal and not info["success"]
         assert (goal.colour, goal.kind) == env.toys[0] and len(set(env.toys)) == len(env.toys)
         assert 4 <= len(env.toys) <= 6 and set(PLACES) <= set(env.furniture)
-        assert np.linalg.norm(env.position - env.toy_position(0)[:2]) > 1.1  # not there already
+        toy = env.toy_position(0)[:2]
+        assert np.linalg.norm(env.position - toy) > 1.4 and env.position[0] * toy[0] > 0
         # Both words matter: another toy of this kind, and another of this colour.
         assert sum(kind == goal.kind for _, kind in env.toys) >= 2
         assert sum(colour == goal.colour for colour, _ in env.toys) >= 2
@@ -124,7 +125,7 @@ def test_walking_turning_and_looking(env):
     yaw = lambda: env.data.qpos[env._agent_qpos[2]]
     start, angle = env.position.copy(), yaw()
     env.step(act("left"))
-    assert yaw() - angle == pytest.approx(np.deg2rad(20), abs=0.03)
+    assert yaw() - angle == pytest.approx(np.deg2rad(25), abs=0.03)
     env.step(act("right"))
     assert yaw() == pytest.approx(angle, abs=0.03) and np.allclose(env.position, start, atol=0.02)
     steps = []
@@ -149,7 +150,7 @@ def test_every_family_can_be_reached(env, family):
 
 def test_a_toy_is_lifted_by_the_hand_alone_and_falls_when_released(env):
     goal = Goal("lift", "red", "ball")
-    assert play(env, goal, seed=2)[-1] and env.held == 0
+    assert play(env, goal, seed=3)[-1] and env.held == 0
     other = Goal("lift", *env.toys[1])
     assert not env.in_goal_state(other) and not env.in_goal_state(Goal("find", "red", "ball"))
     height = env.toy_position(0)[2]
