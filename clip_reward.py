@@ -20,7 +20,6 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -31,6 +30,7 @@ import torch.nn.functional as F
 import tyro
 from open_clip.modified_resnet import ModifiedResNet
 from open_clip.transform import center_crop_or_pad
+from open_clip.transformer import VisionTransformer
 from PIL import Image, ImageDraw, ImageOps
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
@@ -222,20 +222,44 @@ class CLIPReward(torch.nn.Module):
         return F.normalize(torch.cat([nothing, *s]).float(), dim=-1)
 
     def encode_maps(
-        self, frames: np.ndarray | torch.Tensor, cells: int = 9
+        self, frames: np.ndarray | torch.Tensor, side: int = 8
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Embeddings [B, D] as of `encode_frames`, and where in the frames what was seen: float32
-        features [B, h, w, C] of the image tower's last layer but one, at most `cells` to a side,
-        of rms 1 in each frame.
+        """Embeddings [B, D] as of `encode_frames`, and of each place in a frame, [B, h, w, D], at
+        most `side` places high and wide.
+
+        They have unit norm too: the product of a place's and a prompt's embedding says how well the
+        place shows what the prompt names (MaskCLIP, arXiv 2112.01071). Raises ValueError for an
+        image tower other than CLIP's ResNet or ViT.
         """
-        tower = partial(self.clip.forward_intermediates, image_indices=2)
+
+        def tower(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            output = self.clip.forward_intermediates(images, image_indices=2)
+            return output["image_features"], self._embed_places(output["image_intermediates"][0])
+
+        visual = self.clip.visual
+        if not isinstance(visual, (ModifiedResNet, VisionTransformer)):
+            raise ValueError(
+                f"--clip-model: a {type(visual).__name__} does not embed the places of a frame; "
+                "take one with CLIP's ResNet or ViT, or --policy-input pixels"
+            )
         outputs = self._in_batches(tower, frames)
-        s = torch.cat([output["image_features"] for output in outputs])
-        x = torch.cat([output["image_intermediates"][0] for output in outputs]).float()
-        height, width = (min(cells, side) for side in x.shape[-2:])
-        x = F.adaptive_avg_pool2d(x, (height, width))
-        x = x / x.square().mean((1, 2, 3), keepdim=True).sqrt()
-        return F.normalize(s.float(), dim=-1), x.permute(0, 2, 3, 1)
+        s, x = (torch.cat(parts).float() for parts in zip(*outputs, strict=True))
+        x = F.adaptive_avg_pool2d(x, [min(side, length) for length in x.shape[-2:]])
+        return F.normalize(s, dim=-1), F.normalize(x, dim=1).permute(0, 2, 3, 1)
+
+    def _embed_places(self, x: torch.Tensor) -> torch.Tensor:
+        """What the image tower's last layer but one made of the places, [B, C, h, w], through the
+        rest of the tower, but with attention from each place to itself alone: [B, D, h, w]."""
+        visual = self.clip.visual
+        if isinstance(visual, ModifiedResNet):
+            # Four times, a place apart, for what the last stage's stride leaves out
+            h, w = ((length - 1) // 2 * 2 for length in x.shape[-2:])
+            shifted = [visual.layer4(x[..., i : i + h, j : j + w]) for i in (0, 1) for j in (0, 1)]
+            x, pool = F.pixel_shuffle(torch.stack(shifted, 2).flatten(1, 2), 2), visual.attnpool
+            return pool.c_proj(pool.v_proj(x.movedim(1, -1))).movedim(-1, 1)
+        itself = torch.full([x[0, 0].numel()] * 2, -math.inf, device=x.device).fill_diagonal_(0)
+        tokens = visual.transformer.resblocks[-1](x.flatten(2).mT, attn_mask=itself)
+        return (visual.ln_post(tokens) @ visual.proj).mT.unflatten(2, x.shape[-2:])
 
     @torch.no_grad()
     def _in_batches(self, tower: Callable, frames: np.ndarray | torch.Tensor) -> list:

@@ -27,7 +27,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -146,19 +145,21 @@ class Args:
     gamma: float = 0.98  # discount factor
     n_step: int = 5  # steps of a target before it bootstraps
     target_every: int = 500  # updates between copies of the network into its target
-    double_q: bool = True  # the network chooses the next action, its target values it
+    double_q: bool = True  # the network chooses the next actions, its target values them
     epsilon_end: float = 0.05  # share of random actions after --epsilon-steps; from 1 linearly
     epsilon_steps: int = 150_000  # env steps after learning starts
     explore_steps: float = 4.0
     """steps, on average, for which a random action is kept while exploring: single ones would not
     leave the room (1 is plain epsilon-greedy)"""
-    eval_epsilon: float = 0.02  # share of random actions in evaluations: who is stuck gets free
+    policy_temperature: float = 0.02
+    """of the softmax over Q that draws the actions, in evaluations too: who cannot see all would
+    repeat itself for ever (towards 0 it becomes the argmax)"""
     relabel_fraction: float = 0.5
     """share of the sampled transitions that are trained, where there is one, for another goal that
     is reached then or later in their episode; 0 is the paper"""
     policy_input: Literal["clip", "pixels"] = "clip"
-    """what the network sees of a frame: the feature map of CLIP's last layer but one, or small
-    pixels (the paper's)"""
+    """what the network sees of a frame: CLIP's embeddings of 8 x 8 places in it, or small pixels
+    (the paper's)"""
     frame_stack: int = 1  # frames that the network sees
     policy_size: int = 48  # width and height in pixels of the frames, where it sees pixels
 
@@ -180,11 +181,11 @@ def check_args(args: Args) -> None:
 
     for name in ("total_timesteps", "num_envs", "eval_every", "eval_episodes", "final_episodes",
                  "checkpoint_every", "frame_size", "score_every", "buffer_size", "batch_size",
-                 "updates_per_step", "learning_rate", "target_every",
+                 "updates_per_step", "learning_rate", "target_every", "policy_temperature",
                  "epsilon_steps", "n_step", "calibration_episodes", "frame_stack", "policy_size",
                  "worker_timeout"):  # fmt: skip
         require(name, 0 < getattr(args, name) < math.inf, "must be finite and greater than 0")
-    for name in ("alpha", "false_positive_rate", "epsilon_end", "eval_epsilon", "relabel_fraction"):
+    for name in ("alpha", "false_positive_rate", "epsilon_end", "relabel_fraction"):
         require(name, 0 <= getattr(args, name) <= 1, "must lie between 0 and 1")
     require("seed", 0 <= args.seed < 2**63, "must be at least 0 and less than 2**63")
     require("gamma", 0 <= args.gamma < 1, "must be at least 0 and less than 1")
@@ -1209,38 +1210,46 @@ def gather(value) -> list:
 
 class QNetwork(nn.Module):
     """Q(s, g, a) of what is seen [B, h, w, C k], the traces of the actions before [B, 27] and the
-    goal's text embedding [B, D] -> [B, 9].
+    goal's text embedding [B, C] -> [B, 9].
 
-    Half of the maps come from 1 x 1 filters that the goal writes itself: where is what it names?
+    Where is what the goal names? CLIP's answer is the product of the goal with each place. Half of
+    the other maps come from 1 x 1 filters that the goal writes.
     """
 
     def __init__(self, seen: torch.Tensor, goal_dim: int, maps: int = 8):
         super().__init__()
         _, height, width, channels = seen.shape
-        self.stem = None
+        self.stem, similarities = None, channels // goal_dim
         if seen.dtype == torch.uint8:  # pixels, [B, H, W, 3 k]
             self.stem = nn.Sequential(
                 nn.Conv2d(channels, 32, 4, stride=4), nn.ReLU(),
                 nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.ReLU(),
             )  # fmt: skip
-            height, width, channels = height // 8, width // 8, 64
+            height, width, channels, similarities = height // 8, width // 8, 64, 0
         self.filters = nn.Linear(goal_dim, maps * (channels + 1))  # weights and a bias of each
         self.common = nn.Linear(channels, maps)
-        self.convolution = nn.Conv2d(2 * maps, 16, 3, padding=1)
+        self.convolution = nn.Conv2d(2 * maps + similarities, 16, 3, padding=1)
         self.hidden = nn.Linear(16 * height * width, 256)
         self.traces = nn.Linear(TRACES, 256)
         self.gate = nn.Linear(goal_dim, 256)
         self.head = nn.Linear(256, len(ACTIONS))
 
     def forward(self, seen: torch.Tensor, traces: torch.Tensor, goal: torch.Tensor) -> torch.Tensor:
-        x, goal = seen.float(), goal * goal.shape[-1] ** 0.5  # entries of about 1
-        if self.stem is not None:
-            x = self.stem(x.permute(0, 3, 1, 2) / 255 - 0.5).permute(0, 2, 3, 1)
-        cells = x.flatten(1, 2)  # [B, h w, C]
+        scale = goal.shape[-1] ** 0.5
+        goal = goal * scale  # entries of about 1
+        if self.stem is None:
+            x = seen.float() * scale
+        else:
+            x = self.stem(seen.permute(0, 3, 1, 2) / 255 - 0.5).permute(0, 2, 3, 1)
+        cells = x.flatten(1, 2)  # [B, h w, C k]
         filters = self.filters(goal).unflatten(1, (-1, cells.shape[-1] + 1))
         own = cells @ filters[..., :-1].mT / cells.shape[-1] ** 0.5 + filters[..., None, :, -1]
-        x = F.relu(torch.cat([own, self.common(cells)], -1)).unflatten(1, x.shape[1:3])
-        x = F.relu(self.convolution(x.permute(0, 3, 1, 2)))
+        maps = [F.relu(own), F.relu(self.common(cells))]
+        if self.stem is None:
+            frames = cells.unflatten(-1, (-1, goal.shape[-1]))  # [B, h w, k, C]
+            maps.append((frames @ goal[:, None, :, None])[..., 0] / scale)
+        x = torch.cat(maps, -1).unflatten(1, x.shape[1:3]).permute(0, 3, 1, 2)
+        x = F.relu(self.convolution(x))
         x = F.relu(self.hidden(x.flatten(1)) + self.traces(traces))
         return self.head(x * torch.sigmoid(self.gate(goal)))
 
@@ -1422,11 +1431,13 @@ def main() -> None:
         # torch.cuda.is_bf16_supported would start CUDA before the fork
         has_bf16 = device == "cuda" or torch.cpu._is_amx_tile_supported()
         args.precision = "bf16" if has_bf16 else "fp32"
-    try:  # with --reward env for its text embeddings alone
+    try:  # with --reward env for its embeddings alone
         clip = CLIPReward(
             args.clip_model, [goal.prompt for goal in GOALS], args.baseline, args.alpha,
             precision=args.precision, compile=args.compile,
         )  # fmt: skip
+        if args.policy_input == "clip":
+            clip.encode_maps(np.zeros((1, args.frame_size, args.frame_size, 3), np.uint8))
     except ValueError as error:
         check(False, str(error))
     # The workers are forked before this process touches CUDA, and never touch it themselves.
@@ -1447,9 +1458,8 @@ def main() -> None:
     threads = torch.get_num_threads()
     torch.manual_seed(args.seed)
     blank = np.zeros((args.num_envs, args.frame_size, args.frame_size, 3), np.uint8)
-    channels = clip.encode_maps(blank[:1])[1].shape[-1]
-    # Fewer numbers to keep; a random projection nearly preserves distances.
-    projection = torch.randn(channels, 64).to(device) / channels**0.5
+    # Of a large CLIP's embeddings the network gets what tells the goals apart.
+    projection = torch.linalg.svd(text, full_matrices=False).Vh[:128].T.contiguous()  # [D, C]
 
     def see(frames: np.ndarray) -> tuple[torch.Tensor, torch.Tensor | None]:
         """What the network sees of frames [N, H, W, 3]: [N, h, w, C], and CLIP's embeddings [N, D]
@@ -1460,7 +1470,8 @@ def main() -> None:
         return (maps @ projection).half(), s
 
     example, _ = see(blank)
-    q_network = QNetwork(example.repeat(1, 1, 1, args.frame_stack), text.shape[1]).to(device)
+    seen = example.repeat(1, 1, 1, args.frame_stack)
+    q_network = QNetwork(seen, projection.shape[1]).to(device)
     target = copy.deepcopy(q_network).requires_grad_(False)
     optimizer = torch.optim.Adam(q_network.parameters(), lr=args.learning_rate, fused=True)
     fixed_beta = 0.5 if args.reward == "env" else args.beta or 0.0
@@ -1481,22 +1492,24 @@ def main() -> None:
         rewards = goal_baseline_reward(s, clip.goal, clip.baseline, args.alpha)
         return family_scores(rewards, temperature) if args.reward == "contrastive" else rewards
 
+    def choice(q: torch.Tensor) -> torch.Tensor:
+        """Probabilities of the actions, [B, 9]."""
+        return F.softmax(q / args.policy_temperature, -1)
+
     def is_reached(scores: torch.Tensor, goal: torch.Tensor) -> np.ndarray:
         """Where the reward of an episode's own goal [N] is 1: scores [T, N, 240] -> [T, N]."""
         return (scores > beta)[:, torch.arange(len(goal)), goal].cpu().numpy()
 
     @torch.no_grad()
-    def greedy(stack, traces, goal) -> torch.Tensor:
-        return q_network(stack, traces, text[goal]).argmax(-1)  # [N]
+    def policy(stack, traces, goal, generator: torch.Generator) -> torch.Tensor:
+        """Actions [N], drawn from the softmax over Q."""
+        p = choice(q_network(stack, traces, text[goal] @ projection))
+        return torch.multinomial(p, 1, generator=generator)[:, 0]
 
-    def act(stack, traces, goal, generator: torch.Generator, epsilon: float) -> torch.Tensor:
-        """Epsilon-greedy actions [N]."""
+    def play_randomly(stack, traces, goal, generator: torch.Generator) -> torch.Tensor:
         options = {"generator": generator, "device": device}
-        uniform = torch.randint(len(ACTIONS), (len(goal),), **options)
-        explores = torch.rand(len(goal), **options) < epsilon
-        return torch.where(explores, uniform, greedy(stack, traces, goal))
+        return torch.randint(len(ACTIONS), (len(goal),), **options)
 
-    policy = partial(act, epsilon=args.eval_epsilon)
     clip_reached = None
     if args.reward != "env":
         clip_reached = lambda frames, embeddings, goal: is_reached(score(frames, embeddings), goal)
@@ -1505,7 +1518,7 @@ def main() -> None:
         """The best and the last agent, beside a random one, in unseen homes."""
         report, key = defaultdict(dict), (args.seed, REPORT)
         players = {
-            "random": ("best.pt", partial(act, epsilon=1.0)),
+            "random": ("best.pt", play_randomly),
             "last": ("last.pt", policy),
             "best": ("best.pt", policy),
         }
@@ -1650,7 +1663,7 @@ def main() -> None:
         exploring = torch.where(redraw, explores, exploring)
         uniform = torch.randint(len(ACTIONS), (args.num_envs,), **options)
         wander = torch.where(redraw, uniform, wander)
-        a = torch.where(exploring, wander, greedy(stack, traces, own))  # [N]
+        a = torch.where(exploring, wander, policy(stack, traces, own, generator))  # [N]
         with worker_failures(envs, f"step {step}"):
             envs.step_async(a.cpu().numpy())
         lap("act")
@@ -1663,11 +1676,11 @@ def main() -> None:
             s_t, a_t, r_t, s_next, n, g = replay.sample(
                 args.batch_size, beta, args.relabel_fraction, args.n_step, generator
             )
-            e = text[g]  # [B, D]
+            e = text[g] @ projection  # [B, C]
             with torch.no_grad():
                 q_next = target(*s_next, e)  # [B, 9]
-                a_next = (q_network(*s_next, e) if args.double_q else q_next).argmax(-1)
-                v_next = q_next.gather(1, a_next[:, None])[:, 0].clamp(0, 1)  # as a return is
+                p_next = choice(q_network(*s_next, e) if args.double_q else q_next)
+                v_next = (p_next * q_next).sum(-1).clamp(0, 1)  # as a return is
                 y = args.gamma ** (n - 1) * torch.where(r_t == 1, 1, args.gamma * v_next)
             q = q_network(*s_t, e).gather(1, a_t[:, None])[:, 0]
             loss = F.huber_loss(q, y)

@@ -270,35 +270,60 @@ def test_forward_is_the_reward_of_the_embeddings(reward):
     assert (reward(frames) - expected).abs().max() < 2e-6
 
 
-@pytest.mark.parametrize("cells", [9, 4])
-def test_maps_say_where_in_the_frame(cells):
-    """Of the bundled resnet, which has 9 x 9 of them."""
+@pytest.mark.parametrize("side", [8, 4])
+def test_maps_of_a_resnet_are_its_last_stage_without_stride_or_attention(side):
+    """Of the bundled one, whose last stage but one has 9 x 9 places."""
     reward = CLIPReward(str(SCRIPT.parent / "tests" / "tiny_clip"), ["a red ball"], "a room")
     (frame,) = pictures((144, 144))
     changed = frame.copy()
     changed[:40, -40:] = 255 - changed[:40, -40:]  # top right
-    frames, layer3 = np.stack([frame, changed]), []
-    reward.clip.visual.layer3.register_forward_hook(lambda *call: layer3.append(call[-1]))
-    s, maps = reward.encode_maps(frames, cells)
+    frames, visual = np.stack([frame, changed]), reward.clip.visual
+    s, maps = reward.encode_maps(frames, side)
     assert (s - reward.encode_frames(frames)).abs().max() < 1e-5
-    x = F.adaptive_avg_pool2d(layer3[0], cells).permute(0, 2, 3, 1)  # [B, h, w, C]
-    assert maps.shape == (2, cells, cells, 256)
-    assert torch.allclose(maps, torch.stack([x[i] / x[i].square().mean().sqrt() for i in (0, 1)]))
-    other = (x[0] - x[1]).abs().amax(-1)  # [h, w]
+    assert maps.shape == (2, side, side, 128)
+    assert (maps.norm(dim=-1) - 1).abs().max() < 1e-5
+    with torch.no_grad():
+        images = reward.preprocess(torch.from_numpy(frames))
+        output = reward.clip.forward_intermediates(images, image_indices=2)
+        x = output["image_intermediates"][0]
+        places = torch.zeros(2, 128, 8, 8)
+        for y in range(8):
+            for z in range(8):  # of a stage that starts there, the first place
+                window = x[..., y % 2 : y % 2 + 8, z % 2 : z % 2 + 8]
+                features = visual.layer4(window)[..., y // 2, z // 2]
+                places[..., y, z] = visual.attnpool.c_proj(visual.attnpool.v_proj(features))
+    expected = F.normalize(F.adaptive_avg_pool2d(places, side), dim=1).permute(0, 2, 3, 1)
+    assert (maps - expected).abs().max() < 1e-5
+    other = (maps[0] - maps[1]).abs().amax(-1)  # [h, w]
     assert other[0, -1] > 10 * max(other[0, 0], other[-1, -1], other[-1, 0])
 
 
 @pytest.mark.parametrize("B", [1, 3])
-def test_maps_come_with_the_embeddings(reward, B):
-    """Of a vision transformer, in batches of any size, and with the head's token left out."""
+def test_maps_of_a_vit_are_its_last_layer_with_each_place_alone(reward, B):
     frames = np.stack(pictures(*[(40, 50)] * B))
     s, maps = reward.encode_maps(frames)
     assert (s - reward.encode_frames(frames)).abs().max() < 1e-5
     whole, reward.batch_size = reward.batch_size, 1
     assert torch.allclose(maps, reward.encode_maps(frames)[1], atol=1e-4)
     reward.batch_size = whole
-    patches = reward.clip.visual.grid_size
-    assert maps.shape[:3] == (B, *patches) and torch.isfinite(maps).all()
+    visual, (height, width) = reward.clip.visual, reward.clip.visual.grid_size
+    with torch.no_grad():
+        images = reward.preprocess(torch.from_numpy(frames))
+        output = reward.clip.forward_intermediates(images, image_indices=2)
+        x = output["image_intermediates"][0]
+        for y in range(height):
+            for z in range(width):
+                token = visual.transformer.resblocks[-1](x[:, None, :, y, z])  # a sequence of one
+                expected = F.normalize((visual.ln_post(token) @ visual.proj)[:, 0], dim=-1)
+                assert (maps[:, y, z] - expected).abs().max() < 1e-4
+    assert maps.shape == (B, height, width, 64)
+
+
+def test_maps_of_other_image_towers_are_refused(random_clip):
+    reward = CLIPReward(str(random_clip), GOALS, BASELINE)
+    reward.clip.visual = torch.nn.Identity()
+    with pytest.raises(ValueError, match="Identity does not embed.*--policy-input pixels"):
+        reward.encode_maps(np.stack(pictures((32, 32))))
 
 
 def test_several_prompts_make_one_goal_of_unit_norm(random_clip):

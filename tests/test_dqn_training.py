@@ -223,9 +223,9 @@ def test_shrink_is_the_mean_of_squares():
 )
 def test_the_network_depends_on_goal_traces_and_everything_seen(seen):
     torch.manual_seed(0)
-    network = QNetwork(seen, 8)
+    network = QNetwork(seen, 3)  # two frames
     traces = torch.rand(3, TRACES)
-    goal = torch.nn.functional.normalize(torch.randn(3, 8), dim=-1)
+    goal = torch.nn.functional.normalize(torch.randn(3, 3), dim=-1)
     q = network(seen, traces, goal)
     assert q.shape == (3, len(ACTIONS))
     assert not torch.allclose(q, network(seen, traces, goal.flip(0)))
@@ -234,6 +234,21 @@ def test_the_network_depends_on_goal_traces_and_everything_seen(seen):
         other = seen.clone()
         other[..., channel] = 255 - other[..., channel]
         assert (q != network(other, traces, goal)).any(1).all()
+
+
+def test_the_network_knows_without_training_where_the_goal_is():
+    """All that it makes of a place, but for its filters, is the product with the goal."""
+    torch.manual_seed(0)
+    seen, traces = torch.randn(3, 5, 4, 6), torch.rand(3, TRACES)
+    goal = torch.nn.functional.normalize(torch.randn(3, 3), dim=-1)
+    network = QNetwork(seen, 3)
+    for layer in (network.filters, network.common):
+        torch.nn.init.zeros_(layer.weight)
+        torch.nn.init.zeros_(layer.bias)
+    along = seen.unflatten(-1, (2, 3))
+    along = (along @ goal[:, None, None, :, None]) * goal[:, None, None, None]
+    assert torch.allclose(network(seen, traces, goal), network(along.flatten(-2), traces, goal))
+    assert (network(seen, traces, goal) != network(seen, traces, goal.flip(1))).any(1).all()
 
 
 # ---- Whole runs ---------------------------------------------------------------------------------
@@ -285,7 +300,6 @@ def test_a_run_leaves_everything_it_promises(finished):
 
 def test_training_moves_every_parameter(finished, random_clip):
     torch.manual_seed(1)
-    torch.randn(64, 64)  # the projection comes first
     start = QNetwork(torch.zeros(4, 2, 2, 64).half(), 64).state_dict()
     end = torch.load(finished[0] / "last.pt", weights_only=True)["q_network"]
     for name, value in end.items():
@@ -360,7 +374,7 @@ def test_goals_are_told_apart_and_learned(tmp_path, monkeypatch, random_clip):
     network.load_state_dict(state["q_network"])
     text = CLIPReward(str(random_clip), [goal.prompt for goal in GOALS], "a room").goal
     text = torch.nn.functional.normalize(text - text[:TRAIN].mean(0), dim=-1)
-    text = text[[GOALS.index(find), GOALS.index(lift)]]
+    text = text[[GOALS.index(find), GOALS.index(lift)]] @ state["projection"]
     env, right = PlayhouseEnv("rgb_array", width=48, height=48), 0
     for seed in range(20):
         frame, _ = env.reset(seed=10_000 + seed)
