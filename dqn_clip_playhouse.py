@@ -142,7 +142,7 @@ class Args:
     updates_per_step: float = 0.25  # gradient updates per environment step of all ranks
     batch_size: int = 64  # transitions per update and rank
     learning_rate: float = 5e-4  # of Adam
-    gamma: float = 0.98  # discount factor
+    gamma: float = 0.95  # discount factor
     n_step: int = 5  # steps of a target before it bootstraps
     target_every: int = 500  # updates between copies of the network into its target
     double_q: bool = True  # the network chooses the next actions, its target values them

@@ -441,4 +441,4 @@ def test_a_resumed_run_keeps_its_arguments(finished, monkeypatch, capsys):
         main()
     errors = capsys.readouterr().err
     assert exit_.value.code == 2 and errors.count("\n") == 1
-    assert re.search(r"--gamma 0.9: .* was started with 0.98", errors)
+    assert re.search(r"--gamma 0.9: .* was started with 0.95", errors)
