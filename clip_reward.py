@@ -224,22 +224,23 @@ class CLIPReward(torch.nn.Module):
     def encode_maps(
         self, frames: np.ndarray | torch.Tensor, side: int = 8
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Embeddings [B, D] as of `encode_frames`, and of each place in a frame, [B, h, w, D], at
-        most `side` places high and wide.
+        """Embeddings [B, D] as of `encode_frames`, and of each cell of a frame, [B, h, w, D], which
+        is at most `side` cells high and wide.
 
-        They have unit norm too: the product of a place's and a prompt's embedding says how well the
-        place shows what the prompt names (MaskCLIP, arXiv 2112.01071). Raises ValueError for an
+        They have unit norm too: the product of a cell's and a prompt's embedding says how well the
+        cell shows what the prompt names (MaskCLIP, arXiv 2112.01071). Raises ValueError for an
         image tower other than CLIP's ResNet or ViT.
         """
 
         def tower(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            output = self.clip.forward_intermediates(images, image_indices=2)
-            return output["image_features"], self._embed_places(output["image_intermediates"][0])
+            output = self.clip.forward_intermediates(images, image_indices=2)  # the last two layers
+            return output["image_features"], self._embed_cells(output["image_intermediates"][0])
 
         visual = self.clip.visual
-        if not isinstance(visual, (ModifiedResNet, VisionTransformer)):
+        known = isinstance(visual, (ModifiedResNet, VisionTransformer))
+        if not known or getattr(visual, "attn_pool", None) is not None:  # CoCa's ViT has one
             raise ValueError(
-                f"--clip-model: a {type(visual).__name__} does not embed the places of a frame; "
+                f"--clip-model: this {type(visual).__name__} does not embed the cells of a frame; "
                 "take one with CLIP's ResNet or ViT, or --policy-input pixels"
             )
         outputs = self._in_batches(tower, frames)
@@ -247,12 +248,12 @@ class CLIPReward(torch.nn.Module):
         x = F.adaptive_avg_pool2d(x, [min(side, length) for length in x.shape[-2:]])
         return F.normalize(s, dim=-1), F.normalize(x, dim=1).permute(0, 2, 3, 1)
 
-    def _embed_places(self, x: torch.Tensor) -> torch.Tensor:
-        """What the image tower's last layer but one made of the places, [B, C, h, w], through the
-        rest of the tower, but with attention from each place to itself alone: [B, D, h, w]."""
+    def _embed_cells(self, x: torch.Tensor) -> torch.Tensor:
+        """What the image tower's last layer but one made of the cells, [B, C, h, w], through the
+        rest of the tower, but with attention from each cell to itself alone: [B, D, h, w]."""
         visual = self.clip.visual
         if isinstance(visual, ModifiedResNet):
-            # Four times, a place apart, for what the last stage's stride leaves out
+            # layer4 halves the map: run it from each cell of the first 2 x 2, and interleave
             h, w = ((length - 1) // 2 * 2 for length in x.shape[-2:])
             shifted = [visual.layer4(x[..., i : i + h, j : j + w]) for i in (0, 1) for j in (0, 1)]
             x, pool = F.pixel_shuffle(torch.stack(shifted, 2).flatten(1, 2), 2), visual.attnpool

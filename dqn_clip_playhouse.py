@@ -137,7 +137,8 @@ class Args:
 
     # ---- Algorithm
 
-    buffer_size: int = 150_000  # transitions in the replay of each rank
+    buffer_size: int = 150_000
+    """transitions in the replay of each rank: 3 GiB, and as much in the run's folder"""
     learning_starts: int = 10_000  # env steps of random actions before the first update
     updates_per_step: float = 0.25  # gradient updates per environment step of all ranks
     batch_size: int = 64  # transitions per update and rank
@@ -150,7 +151,7 @@ class Args:
     epsilon_steps: int = 150_000  # env steps after learning starts
     explore_steps: float = 4.0
     """steps, on average, for which a random action is kept while exploring: single ones would not
-    leave the room (1 is plain epsilon-greedy)"""
+    leave the room (1 makes it a single one)"""
     policy_temperature: float = 0.02
     """of the softmax over Q that draws the actions, in evaluations too: who cannot see all would
     repeat itself for ever (towards 0 it becomes the argmax)"""
@@ -158,8 +159,8 @@ class Args:
     """share of the sampled transitions that are trained, where there is one, for another goal that
     is reached then or later in their episode; 0 is the paper"""
     policy_input: Literal["clip", "pixels"] = "clip"
-    """what the network sees of a frame: CLIP's embeddings of 8 x 8 places in it, or small pixels
-    (the paper's)"""
+    """what the network sees of a frame: CLIP's embeddings of up to 8 x 8 cells of it, or small
+    pixels (the paper's)"""
     frame_stack: int = 1  # frames that the network sees
     policy_size: int = 48  # width and height in pixels of the frames, where it sees pixels
 
@@ -595,7 +596,7 @@ class PlayhouseEnv(gym.Env):
     def _agent(self, spec: mujoco.MjSpec) -> None:
         x, y = self._free_floor(0.3)
         X, Y, _ = spec.body("toy0").pos
-        while x * X < 0 or math.hypot(x - X, y - Y) < APART:
+        while x * X < 0 or math.hypot(x - X, y - Y) < APART:  # each try leaves less free floor
             x, y = self._free_floor(0.3)
         agent = spec.worldbody.add_body(name="agent")
         for name, axis in (("x", (1, 0, 0)), ("y", (0, 1, 0))):
@@ -1034,6 +1035,19 @@ def calibrate(scores: torch.Tensor, reached: torch.Tensor | None, rate: float) -
     return beta
 
 
+# What the network knows of the past: how often each action was taken of late, as running averages
+# over the last step, the last 5 or so, and the last 20. Else who sees no toy turns left and right.
+RATES = (1.0, 0.2, 0.05)
+TRACES = len(RATES) * len(ACTIONS)
+
+
+def remember(traces: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
+    """The traces [N, 27] after one more action [N]."""
+    rates = torch.tensor(RATES, device=traces.device)[:, None]
+    taken = F.one_hot(action, len(ACTIONS))[:, None]  # [N, 1, 9]
+    return traces.unflatten(1, (len(RATES), -1)).lerp(taken.float(), rates).flatten(1)
+
+
 class Replay:
     """A ring of blocks: K steps of all N environments, and the frames that follow the last of them.
 
@@ -1113,8 +1127,8 @@ class Replay:
             u[:, 0] = 0
             moments, before = t[:, None] + (u * left[:, None]).long(), t - (age > 0).long()
             scores = self._at("score", moments, n[:, None]).amax(1)  # [B, 190]
-            known = beta[: scores.shape[1]]
-            offered = (scores > known) & (self._at("score", before, n) <= known)
+            needed = beta[: scores.shape[1]]
+            offered = (scores > needed) & (self._at("score", before, n) <= needed)
             use = torch.rand(batch_size, generator=generator, device=self.device) < relabel
             use &= offered.any(1)
             offered[~use, 0] = True  # multinomial wants something to draw from
@@ -1252,19 +1266,6 @@ class QNetwork(nn.Module):
         x = F.relu(self.convolution(x))
         x = F.relu(self.hidden(x.flatten(1)) + self.traces(traces))
         return self.head(x * torch.sigmoid(self.gate(goal)))
-
-
-# What the network knows of the past: how often each action was taken of late, as running averages
-# over the last step, the last 5 or so, and the last 20. Else who sees no toy turns left and right.
-RATES = (1.0, 0.2, 0.05)
-TRACES = len(RATES) * len(ACTIONS)
-
-
-def remember(traces: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
-    """The traces [N, 27] after one more action [N]."""
-    rates = torch.tensor(RATES, device=traces.device)[:, None]
-    taken = F.one_hot(action, len(ACTIONS))[:, None]  # [N, 1, 9]
-    return traces.unflatten(1, (len(RATES), -1)).lerp(taken.float(), rates).flatten(1)
 
 
 def shrink(frames: np.ndarray, size: int, device) -> torch.Tensor:
@@ -1451,7 +1452,7 @@ def main() -> None:
         backend = "nccl" if device == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=2))  # they wait for evaluations
     clip.to(device)
-    shared = clip.goal[: len(TRAIN_GOALS)].mean(0)  # by all prompts, and so of no use to tell them
+    shared = clip.goal[: len(TRAIN_GOALS)].mean(0)  # it tells no goal from another
     text = F.normalize(clip.goal - shared, dim=-1)  # [240, D]
     train_goals, heldout_goals = goals_for(args, TRAIN_GOALS), goals_for(args, HELDOUT_GOALS)
 
@@ -1459,7 +1460,8 @@ def main() -> None:
     torch.manual_seed(args.seed)
     blank = np.zeros((args.num_envs, args.frame_size, args.frame_size, 3), np.uint8)
     # Of a large CLIP's embeddings the network gets what tells the goals apart.
-    projection = torch.linalg.svd(text, full_matrices=False).Vh[:128].T.contiguous()  # [D, C]
+    axes = torch.linalg.svd(text[: len(TRAIN_GOALS)], full_matrices=False).Vh[:128]
+    projection = axes.T.contiguous()  # [D, C]
 
     def see(frames: np.ndarray) -> tuple[torch.Tensor, torch.Tensor | None]:
         """What the network sees of frames [N, H, W, 3]: [N, h, w, C], and CLIP's embeddings [N, D]
@@ -1492,7 +1494,7 @@ def main() -> None:
         rewards = goal_baseline_reward(s, clip.goal, clip.baseline, args.alpha)
         return family_scores(rewards, temperature) if args.reward == "contrastive" else rewards
 
-    def choice(q: torch.Tensor) -> torch.Tensor:
+    def probabilities(q: torch.Tensor) -> torch.Tensor:
         """Probabilities of the actions, [B, 9]."""
         return F.softmax(q / args.policy_temperature, -1)
 
@@ -1503,7 +1505,7 @@ def main() -> None:
     @torch.no_grad()
     def policy(stack, traces, goal, generator: torch.Generator) -> torch.Tensor:
         """Actions [N], drawn from the softmax over Q."""
-        p = choice(q_network(stack, traces, text[goal] @ projection))
+        p = probabilities(q_network(stack, traces, text[goal] @ projection))
         return torch.multinomial(p, 1, generator=generator)[:, 0]
 
     def play_randomly(stack, traces, goal, generator: torch.Generator) -> torch.Tensor:
@@ -1574,7 +1576,7 @@ def main() -> None:
             envs, score, args.calibration_episodes, (args.seed, CALIBRATION), args
         )
         beta.copy_(calibrate(scores, truth, args.false_positive_rate))
-        average(beta)  # all ranks played in the same homes
+        average(beta)  # all ranks played in the same homes: alike but for rounding
         if RANK == 0:
             print({family: beta[COLUMNS["train"][family][0]].item() for family in FAMILIES})
     untrained = [i for i, goal in enumerate(GOALS) if goal not in train_goals + heldout_goals]
@@ -1645,7 +1647,7 @@ def main() -> None:
     exploring, wander = torch.zeros_like(starts), torch.zeros_like(starts, dtype=torch.int64)
     age = np.zeros(args.num_envs, np.int64)  # steps of the running episodes
     pending = []  # steps of the running block
-    loss, episodes = None, defaultdict(list)  # since the last log
+    loss, episodes = None, defaultdict(list)  # the latest, and those since the last log
     seconds = dict.fromkeys(("act", "update", "env", "clip", "evaluate", "checkpoint"), 0.0)
     started = clock = time.time()
     first_step, stride = step, args.num_envs * WORLD_SIZE  # env steps per vector step of all ranks
@@ -1679,7 +1681,7 @@ def main() -> None:
             e = text[g] @ projection  # [B, C]
             with torch.no_grad():
                 q_next = target(*s_next, e)  # [B, 9]
-                p_next = choice(q_network(*s_next, e) if args.double_q else q_next)
+                p_next = probabilities(q_network(*s_next, e) if args.double_q else q_next)
                 v_next = (p_next * q_next).sum(-1).clamp(0, 1)  # as a return is
                 y = args.gamma ** (n - 1) * torch.where(r_t == 1, 1, args.gamma * v_next)
             q = q_network(*s_t, e).gather(1, a_t[:, None])[:, 0]

@@ -115,10 +115,10 @@ def save_random_clip(architecture: str, folder: Path) -> None:
 class StillCLIP(CLIPReward):
     """Encodes a number of frames once, and then always says the same of as many."""
 
-    def encode_maps(self, frames, *cells):
+    def encode_maps(self, frames, *side):
         self.known = getattr(self, "known", {})
         if len(frames) not in self.known:
-            self.known[len(frames)] = super().encode_maps(frames, *cells)
+            self.known[len(frames)] = super().encode_maps(frames, *side)
         return self.known[len(frames)]
 
 

@@ -272,7 +272,7 @@ def test_forward_is_the_reward_of_the_embeddings(reward):
 
 @pytest.mark.parametrize("side", [8, 4])
 def test_maps_of_a_resnet_are_its_last_stage_without_stride_or_attention(side):
-    """Of the bundled one, whose last stage but one has 9 x 9 places."""
+    """Of the bundled one, whose last stage but one has 9 x 9 cells."""
     reward = CLIPReward(str(SCRIPT.parent / "tests" / "tiny_clip"), ["a red ball"], "a room")
     (frame,) = pictures((144, 144))
     changed = frame.copy()
@@ -288,7 +288,7 @@ def test_maps_of_a_resnet_are_its_last_stage_without_stride_or_attention(side):
         x = output["image_intermediates"][0]
         places = torch.zeros(2, 128, 8, 8)
         for y in range(8):
-            for z in range(8):  # of a stage that starts there, the first place
+            for z in range(8):  # of a stage that starts there, the first cell
                 window = x[..., y % 2 : y % 2 + 8, z % 2 : z % 2 + 8]
                 features = visual.layer4(window)[..., y // 2, z // 2]
                 places[..., y, z] = visual.attnpool.c_proj(visual.attnpool.v_proj(features))
@@ -299,7 +299,7 @@ def test_maps_of_a_resnet_are_its_last_stage_without_stride_or_attention(side):
 
 
 @pytest.mark.parametrize("B", [1, 3])
-def test_maps_of_a_vit_are_its_last_layer_with_each_place_alone(reward, B):
+def test_maps_of_a_vit_are_its_last_layer_with_each_cell_alone(reward, B):
     frames = np.stack(pictures(*[(40, 50)] * B))
     s, maps = reward.encode_maps(frames)
     assert (s - reward.encode_frames(frames)).abs().max() < 1e-5
@@ -321,9 +321,13 @@ def test_maps_of_a_vit_are_its_last_layer_with_each_place_alone(reward, B):
 
 def test_maps_of_other_image_towers_are_refused(random_clip):
     reward = CLIPReward(str(random_clip), GOALS, BASELINE)
+    frames = np.stack(pictures((32, 32)))
+    reward.clip.visual.attn_pool = torch.nn.Identity()  # as CoCa has
+    with pytest.raises(ValueError, match="VisionTransformer does not embed.*--policy-input pixels"):
+        reward.encode_maps(frames)
     reward.clip.visual = torch.nn.Identity()
     with pytest.raises(ValueError, match="Identity does not embed.*--policy-input pixels"):
-        reward.encode_maps(np.stack(pictures((32, 32))))
+        reward.encode_maps(frames)
 
 
 def test_several_prompts_make_one_goal_of_unit_norm(random_clip):
