@@ -900,11 +900,12 @@ def atomic_save(state: dict, path: Path) -> None:
 def load_checkpoint(run: Path, name: str, option: str) -> dict:
     try:
         state = torch.load(run / name, map_location="cpu", weights_only=True)
+        flags = state["args"].keys()
     except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         check(False, f"{option} {run}: cannot load its {name} ({reason}); name a run that has one")
     check(
-        state["args"].keys() == asdict(Args()).keys(),
+        flags == asdict(Args()).keys(),
         f"{option} {run}: another version of this script made its {name}; go on with that version",
     )
     return state

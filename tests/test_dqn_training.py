@@ -237,7 +237,7 @@ def test_the_network_depends_on_goal_traces_and_everything_seen(seen):
 
 
 def test_the_network_knows_without_training_where_the_goal_is():
-    """All that it makes of a place, but for its filters, is the product with the goal."""
+    """All that it makes of a cell, but for its filters, is the product with the goal."""
     torch.manual_seed(0)
     seen, traces = torch.randn(3, 5, 4, 6), torch.rand(3, TRACES)
     goal = torch.nn.functional.normalize(torch.randn(3, 3), dim=-1)

@@ -660,7 +660,7 @@ def test_a_resumed_run_keeps_its_arguments(finished, option, value, old, monkeyp
     assert f"{option} {value}" in errors and old in errors
 
 
-@pytest.mark.parametrize("content", [None, {"args": {"an_old_flag": 1}}])
+@pytest.mark.parametrize("content", [None, {"weights": 1}, {"args": {"an_old_flag": 1}}])
 def test_a_checkpoint_that_is_damaged_or_of_another_version_is_named(
     content, tmp_path, monkeypatch, capsys
 ):
@@ -672,4 +672,4 @@ def test_a_checkpoint_that_is_damaged_or_of_another_version_is_named(
         main()
     errors = capsys.readouterr().err
     assert exit_.value.code == 2 and errors.count("\n") == 1
-    assert f"--resume {tmp_path}" in errors and ("version" in errors) == bool(content)
+    assert f"--resume {tmp_path}" in errors and ("version" in errors) == ("args" in (content or {}))
