@@ -30,6 +30,7 @@ from dqn_clip_playhouse import (  # first: it tells MuJoCo how to render
 
 import mujoco
 import numpy as np
+import torch
 
 SUBJECTS = ["", "", "", "a photo of ", "an image of ", "a picture of "]
 WORDINGS = {
@@ -64,6 +65,11 @@ for relation in RELATIONS:
     CHOICES.append([Meaning(relation, colour, None) for colour in COLOURS])
     CHOICES.append([Meaning(relation, None, kind) for kind in KINDS])
 UNNAMED = [goals_of(family, HELDOUT_GOALS) for family in FAMILIES]
+CELL_CHOICES = (
+    0,
+    len(FAMILIES),
+    len(FAMILIES) + 1,
+)  # by the name, the colour, the kind of what is seen
 
 
 def caption(meaning: Meaning | None, rng: np.random.Generator) -> str:
@@ -83,6 +89,31 @@ def truth_of(meaning: Meaning | None, truths: np.ndarray) -> np.ndarray:
     colours = slice(None) if meaning.colour is None else [list(COLOURS).index(meaning.colour)]
     kinds = slice(None) if meaning.kind is None else [KINDS.index(meaning.kind)]
     return t[:, colours][:, :, kinds].max((1, 2))
+
+
+def cell_truths(shares: np.ndarray) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+    """What cells show, from the share of each toy colour, toy kind and place in them [n, S].
+
+    For each of `CELL_CHOICES`: which of its captions is true of a cell, [n, C], and 1 [n] for a
+    cell of which nothing is to be learned, as it shows several toys, the rim of one, or one that
+    the captions may not name.
+    """
+    colours, kinds = np.split(shares, [len(COLOURS), len(COLOURS) + len(KINDS)], axis=1)[:2]
+    toys, colour, kind = kinds.sum(1), colours.argmax(1), kinds.argmax(1)
+    some = toys > 0.02
+    unclear = some & (np.minimum(colours.max(1), kinds.max(1)) < np.maximum(0.08, 0.7 * toys))
+    truths = {}
+    for choice in CELL_CHOICES:
+        names = [(m.colour, m.kind) for m in CHOICES[choice]]
+        match = np.array([
+            some
+            & (c is None or colour == list(COLOURS).index(c))
+            & (k is None or kind == KINDS.index(k))
+            for c, k in names
+        ]).T  # fmt: skip
+        unnamed = unclear | (some & ~match.any(1))
+        truths[choice] = torch.from_numpy(np.float32(match)), torch.from_numpy(np.float32(unnamed))
+    return truths
 
 
 def sample_meanings(truths: np.ndarray, count: int, rng: np.random.Generator) -> list:

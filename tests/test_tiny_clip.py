@@ -14,6 +14,7 @@ import train_tiny_clip
 from clip_accuracy import Generator, auc
 from clip_reward import CLIPReward
 import torch
+import home_states
 from home_states import CELLS, CHOICES, COLOURS, HELDOUT_TOYS, KINDS, RELATIONS, UNNAMED, HomeStudio
 from train_tiny_clip import (
     ARMS,
@@ -160,6 +161,36 @@ def test_choices_never_name_a_held_out_toy():
     assert hidden == set(HELDOUT_TOYS) and not named & hidden
     assert {colour for colour, _ in named} >= set(COLOURS)
     assert {kind for _, kind in named} >= set(KINDS)
+
+
+def test_a_cell_is_told_by_the_one_toy_that_it_shows():
+    colours, kinds = list(COLOURS), list(KINDS)
+
+    def cell(*toys):  # (colour, kind, share)
+        shares = np.zeros(len(colours) + len(kinds) + 3, np.float32)
+        for colour, kind, share in toys:
+            shares[[colours.index(colour), len(colours) + kinds.index(kind)]] += share
+        return shares
+
+    hidden = HELDOUT_TOYS[0]
+    shares = np.stack([
+        cell(("green", "duck", 0.3)),
+        cell(),
+        cell(("green", "duck", 0.2), ("blue", "mug", 0.2)),  # which of the two?
+        cell(("green", "duck", 0.04)),  # its rim
+        cell((*hidden, 0.3)),
+    ])  # fmt: skip
+    truths = home_states.cell_truths(shares)
+    of = [[(m.colour, m.kind) for m in CHOICES[choice]] for choice in truths]
+    named, by_colour, by_kind = truths.values()
+    assert all({m.relation for m in CHOICES[choice]} == {"find"} for choice in truths)
+    expected = ("green", "duck"), ("green", None), (None, "duck")
+    for (match, unnamed), names, name in zip(truths.values(), of, expected, strict=True):
+        assert match[0].tolist() == [float(n == name) for n in names] and match[0].sum() == 1
+        assert not match[1].any() and unnamed[:4].tolist() == [0, 0, 1, 1]
+    assert not named[0][4].any() and named[1][4] == 1  # its name is never taught,
+    assert by_colour[0][4].sum() == by_kind[0][4].sum() == 1  # but its colour is, and its kind
+    assert by_colour[1][4] == by_kind[1][4] == 0
 
 
 def test_the_softmax_loss_follows_the_truth_and_leaves_unnamed_toys_alone():

@@ -20,7 +20,7 @@ import multiprocessing.pool
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -308,7 +308,9 @@ def scripted_state(env: HumanoidEnv, stiff: mujoco.MjModel, rng: np.random.Gener
     elif rng.random() < 0.05:
         angles = rng.uniform(low, high)
     angles = angles + rng.normal(0, np.deg2rad(rng.choice([2, 5, 12])), 17)
-    angles[:3] += rng.normal(0, np.deg2rad(8), 3)  # the trunk
+    if rng.random() < 0.2:  # a trunk that bends as far as it goes, which agents find out
+        angles[:3] = rng.uniform(low[:3], high[:3])
+    angles[:3] += rng.normal(0, np.deg2rad(8), 3)
     pitch, roll = np.deg2rad(STANCE_POSES[stance].get("pitch", 0)), 0.0
     if pitch:  # seated or low: a back that is arched brings the trunk upright
         angles[1] += np.deg2rad(rng.uniform(-10, 35))
@@ -579,17 +581,19 @@ def agent_states(job: tuple[Path, int, int]) -> States:
         studio.env,
     )
     state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    repeat = state["args"]["action_repeat"]
     obs_dim, act_dim = len(state["normaliser"]["mean"]), env.action_space.shape[0]
     normaliser, actor = Normaliser(obs_dim), Actor(obs_dim, act_dim, state["args"]["hidden"])
     normaliser.load_state_dict(state["normaliser"])
-    actor.load_state_dict(state["actor"])
+    actor.load_state_dict(state["agent"])
     while len(studio.shots) < count:
         observation, _ = env.reset(seed=int(rng.integers(2**31)))
         noisy = rng.random() < 0.5
         for step in range(100):
-            with torch.no_grad():
-                s = normaliser(torch.from_numpy(observation[:obs_dim])[None])
-                a = actor.sample(s, generator)[0] if noisy else torch.tanh(actor(s)[0])
+            if step % repeat == 0:
+                with torch.no_grad():
+                    s = normaliser(torch.from_numpy(observation[:obs_dim])[None])
+                    a = actor.sample(s, generator)[0] if noisy else torch.tanh(actor(s)[0])
             observation, *_ = env.step(ACTION_SCALE * a[0].numpy())
             if step % 5 == 4:
                 studio.shoot()
@@ -723,9 +727,12 @@ def main(args: Args) -> None:
         home_frames, home_truths, shares = run_jobs(pool, new_homes, home_jobs)
         print(f"{len(home_frames)} states of homes after {time.time() - start:.0f} s")
         near = closeups(torch.from_numpy(shares))
-        shares = np.sqrt(shares)  # a toy's share of a cell is mostly small, or nothing
+        # Of the roots: a toy's share of a cell is mostly small, or nothing
         over = {"axis": (0, 2, 3), "keepdims": True}
-        share_center, share_spread = shares.mean(**over)[0], shares.std(**over)[0] + 1e-3
+        share_center, share_spread = (
+            np.sqrt(shares).mean(**over)[0],
+            np.sqrt(shares).std(**over)[0] + 1e-3,
+        )
         # Of which something can be said, by relation
         told = [np.flatnonzero(truth.any((1, 2))) for truth in np.moveaxis(home_truths > 0.5, 1, 0)]
         told = [index for index in [told[0], told[0], *told] if len(index)]  # find is the hardest
@@ -765,6 +772,7 @@ def main(args: Args) -> None:
     bias = torch.nn.Parameter(torch.tensor(-4.0))
     # Besides the captions' losses, heads that are not kept read from the features before the
     # embedding where the body's points are, and from the map before that, where a home's toys are.
+    # And a resnet's cells, embedded one by one as `encode_maps` does it, are to tell their toys.
     features, visual = {}, model.visual
     if args.tower == "vit":
 
@@ -776,7 +784,9 @@ def main(args: Args) -> None:
         visual.ln_post.register_forward_hook(keep)
     else:
         visual.layer3.register_forward_hook(lambda *call: features.update(map=call[2]))
-        visual.layer4.register_forward_hook(lambda *call: features.update(image=call[2].flatten(1)))
+        visual.layer4.register_forward_hook(
+            lambda *call: features.update(cells=call[2], image=call[2].flatten(1))
+        )
     with torch.no_grad():
         model.eval()  # these zeros are no statistics
         model.encode_image(torch.zeros(1, 3, args.resolution, args.resolution))
@@ -846,23 +856,23 @@ def main(args: Args) -> None:
         for i, family in enumerate(home_states.UNNAMED):
             truths = [home_states.truth_of(m, home_truths[index]) for m in family]
             unnamed[:, i] = np.max(truths, 0)
-        target = (shares[index] - share_center) / share_spread
-        return (prepare(home_frames[index]), target, captions, match), torch.from_numpy(unnamed)
+        part = prepare(home_frames[index]), shares[index], captions, match
+        return part, torch.from_numpy(unnamed)
 
     def mosaic_part(size: int):
         """Nine close-ups of toys in each image, at the size that they have in their frames: most
         of a frame is walls, and the head learns from a toy in any place."""
-        block, targets = args.resolution * 3 // home_states.CELLS, []
+        block, shown = args.resolution * 3 // home_states.CELLS, []
         images = np.empty((size, 3, block, 3, block, 3), np.uint8)
         for i, row, column in np.ndindex(size, 3, 3):
             kind = near[rng.integers(len(near))]
             shot, y, x = kind[rng.integers(len(kind))]
             top, left = y * block // 3, x * block // 3
             images[i, row, :, column] = home_frames[shot, top : top + block, left : left + block]
-            targets.append((shares[shot, :, y : y + 3, x : x + 3] - share_center) / share_spread)
-        grid = np.stack(targets).reshape(size, 3, 3, -1, 3, 3).transpose(0, 3, 1, 4, 2, 5)
-        target = grid.reshape(size, -1, home_states.CELLS, home_states.CELLS)
-        return prepare(images.reshape(size, 3 * block, 3 * block, 3)), target
+            shown.append(shares[shot, :, y : y + 3, x : x + 3])
+        grid = np.stack(shown).reshape(size, 3, 3, -1, 3, 3).transpose(0, 3, 1, 4, 2, 5)
+        grid = grid.reshape(size, -1, home_states.CELLS, home_states.CELLS)
+        return prepare(images.reshape(size, 3 * block, 3 * block, 3)), grid
 
     def loss_of(cosine: torch.Tensor, match: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """From [B, C]: the sigmoid loss, the correlation with the truth, how many are right."""
@@ -878,6 +888,20 @@ def main(args: Args) -> None:
         rho = (weight * x * y).sum(0) * ((weight * x**2).sum(0) * (weight * y**2).sum(0)).rsqrt()
         right = ((logits > 0) == (match > 0.5))[(match < 0.2) | (match > 0.8)].float().mean()
         return loss, rho.mean(), right
+
+    def cell_losses(texts: Sequence[torch.Tensor], shown: np.ndarray) -> list[torch.Tensor]:
+        """Of the toys' names, colours and kinds: what each cell of the homes is told by, from the
+        embeddings of all choices and the shares [B, S, 9, 9]."""
+        pool, x = visual.attnpool, features["cells"][-len(shown) :]
+        x = F.normalize(pool.c_proj(pool.v_proj(x.movedim(1, -1))).float(), dim=-1)  # [B, h, w, D]
+        # The last stage halves an odd map without its last row and column.
+        seen = home_states.CELLS * 2 * x.shape[1] // features["map"].shape[-1]
+        shares = F.adaptive_avg_pool2d(torch.from_numpy(shown)[..., :seen, :seen], x.shape[1:3])
+        truths = home_states.cell_truths(shares.movedim(1, -1).flatten(0, 2).numpy())
+        return [
+            softmax_loss(model.logit_scale.exp() * x.flatten(0, 2) @ texts[choice].T, *truth)
+            for choice, truth in truths.items()
+        ]
 
     mean, std = torch.tensor([OPENAI_DATASET_MEAN, OPENAI_DATASET_STD]).view(2, 1, 3, 1, 1)
     encode_image = torch.compile(model.encode_image) if args.compile else model.encode_image
@@ -903,7 +927,8 @@ def main(args: Args) -> None:
             parts.append(part)
             mosaics, shown = mosaic_part(args.batch_size // 4)
             images += [parts[1][0], mosaics]
-            targets.append(np.concatenate([parts[1][1], shown]))
+            shown = np.concatenate([parts[1][1], shown])
+            targets.append((np.sqrt(shown) - share_center) / share_spread)
         sizes = [len(part) for part in images]
         captions = [text for part in parts for text in part[2]]
         words.update(re.findall(r"[a-z]+", " ".join(captions).lower()))
@@ -935,6 +960,10 @@ def main(args: Args) -> None:
                 rest = losses[len(families) :]
                 total = total + (sum(families) + 3 * sum(rest) / len(rest)) / len(parts)
                 log.append("softmax " + ", ".join(f"{loss:.3f}" for loss in [*families, sum(rest)]))
+                if "cells" in features:
+                    losses = cell_losses(text_features[1].split(choices)[1:], shown)
+                    total = total + sum(losses) / len(parts)
+                    log.append("cells " + ", ".join(f"{loss:.3f}" for loss in losses))
         if teacher is not None:
             with torch.no_grad():
                 seen = F.normalize(teacher.encode_image(parts[0][0]), dim=-1)
