@@ -100,8 +100,8 @@ def cell_truths(shares: np.ndarray) -> dict[int, tuple[torch.Tensor, torch.Tenso
     """
     colours, kinds = np.split(shares, [len(COLOURS), len(COLOURS) + len(KINDS)], axis=1)[:2]
     toys, colour, kind = kinds.sum(1), colours.argmax(1), kinds.argmax(1)
-    some = toys > 0.02
-    unclear = some & (np.minimum(colours.max(1), kinds.max(1)) < np.maximum(0.08, 0.7 * toys))
+    some = toys > 0.005
+    unclear = some & (np.minimum(colours.max(1), kinds.max(1)) < np.maximum(0.03, 0.7 * toys))
     truths = {}
     for choice in CELL_CHOICES:
         names = [(m.colour, m.kind) for m in CHOICES[choice]]

@@ -177,7 +177,7 @@ def test_a_cell_is_told_by_the_one_toy_that_it_shows():
         cell(("green", "duck", 0.3)),
         cell(),
         cell(("green", "duck", 0.2), ("blue", "mug", 0.2)),  # which of the two?
-        cell(("green", "duck", 0.04)),  # its rim
+        cell(("green", "duck", 0.02)),  # its rim
         cell((*hidden, 0.3)),
     ])  # fmt: skip
     truths = home_states.cell_truths(shares)
