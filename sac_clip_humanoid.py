@@ -2,6 +2,7 @@ r"""Train a MuJoCo humanoid to take a pose described by one sentence: SAC on a C
 
     python sac_clip_humanoid.py                                      # kneeling, on a laptop CPU
     python sac_clip_humanoid.py --goal "a humanoid robot meditating in the lotus pose"
+    python sac_clip_humanoid.py --task all --total-timesteps 2_000_000  # one agent, all eight poses
     python sac_clip_humanoid.py --clip-model ViT-bigG-14/laion2b_s39b_b160k --frame-size 224 \
         --total-timesteps 10_000_000 --eval-every 250_000 --checkpoint-every 250_000 \
         --learning-starts 50_000 --batch-size 512 --updates-per-step 0.03 --actor-tau 1 \
@@ -92,9 +93,9 @@ class Args:
     num_envs: int = 16  # worker processes of each rank, one humanoid in each
     eval_every: int = 16_000
     """env steps between evaluations and videos; running episodes are cut short there"""
-    eval_episodes: int = 16  # episodes of each evaluation during training
+    eval_episodes: int = 16  # episodes of each task in each evaluation during training
     final_episodes: int = 100
-    """episodes of the evaluation at the end, on seeds that selected nothing"""
+    """episodes of each task in the evaluation at the end, on seeds that selected nothing"""
     checkpoint_every: int = 16_000
     """env steps between checkpoints; running episodes are cut short there"""
     capture_video: bool = True  # record an episode at each evaluation, at 320 pixels
@@ -108,7 +109,8 @@ class Args:
     # ---- Environment
 
     task: str = "kneeling"
-    """a name in TASKS: its goal prompt, its baseline and its success predicate"""
+    """a name in TASKS: its goal prompt, its baseline and its success predicate; or all: one agent
+    for all of them, which is told its goal by the embedding of the prompt"""
     textured: bool = True
     """coloured limbs, sky and floor; --no-textured is the plain body (the paper's ablation)"""
     camera: Literal["fixed", "track"] = "fixed"
@@ -160,6 +162,9 @@ class Args:
     initial_ent_coef: float = 0.05
     """where learning it starts; the usual 1 pays for entropy alone in the first tenth of the run"""
     reward_scale: float = 5.0  # factor on the reward before it is learned from
+    relabel_fraction: float = 0.5
+    """with --task all: share of the sampled transitions that are trained for a random goal, not for
+    the one that was pursued"""
     hidden: int = 256  # units in each of the two hidden layers
     layer_norm: bool = False  # in the critics, against overestimated values
 
@@ -191,11 +196,13 @@ def check_args(args: Args) -> None:
     remedy = "must be finite and greater than 0; leave it out to learn it"
     require("ent_coef", learned or 0 < args.ent_coef < math.inf, remedy)
     require("learning_starts", args.learning_starts >= 0, "must be at least 0")
-    for name in ("alpha", "greedy_envs", "actor_tau"):
+    for name in ("alpha", "greedy_envs", "actor_tau", "relabel_fraction"):
         require(name, 0 <= getattr(args, name) <= 1, "must lie between 0 and 1")
     require("gamma", 0 <= args.gamma < 1, "must be at least 0 and less than 1")
     require("tau", args.tau <= 1, "must be at most 1")
-    require("task", args.task in TASKS, f"choose one of {', '.join(TASKS)}")
+    require("task", args.task in (*TASKS, "all"), f"choose one of {', '.join(TASKS)}, or all")
+    alone = args.reward == "clip" and args.goal is None
+    require("task", args.task != "all" or alone, "not together with --goal or --reward env")
     for name in ("goal", "baseline"):
         sentence = getattr(args, name)
         check(sentence is None or sentence.strip(), f"--{name} {sentence!r}: write a sentence")
@@ -394,7 +401,7 @@ class HumanoidEnv(MujocoHumanoid):
     ## Arguments
     | Parameter                  | Default      | Description                                      |
     | -------------------------- | ------------ | ------------------------------------------------ |
-    | `task`                     | `"kneeling"` | a name in `TASKS`, or None (no predicate)        |
+    | `task`                     | `"kneeling"` | a name in `TASKS`, `"all"`, or None (no goal)    |
     | `textured`                 | `True`       | coloured limbs, sky and floor, or the plain body |
     | `camera`                   | `"fixed"`    | the paper's, or `"track"`, the body's own        |
     | `terminate_when_unhealthy` | `False`      | end the episode at a fall                        |
@@ -402,6 +409,7 @@ class HumanoidEnv(MujocoHumanoid):
     | `width`, `height`          | 144          | size of the frame in pixels                      |
 
     `info["goal_state"]` is `in_goal_state()` after the step; evaluation counts it, no reward does.
+    Of `"all"` both have one number for each task [8].
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 67}
@@ -417,8 +425,8 @@ class HumanoidEnv(MujocoHumanoid):
         width: int = 144,
         height: int = 144,
     ):
-        if task is not None and task not in TASKS:
-            raise ValueError(f"task {task!r}: choose one of {', '.join(TASKS)}")
+        if task not in (None, "all", *TASKS):
+            raise ValueError(f"task {task!r}: choose one of {', '.join(TASKS)}, or all")
         self.task, self.textured, self.camera = task, textured, camera
         self._renderer = None
         super().__init__(
@@ -516,9 +524,12 @@ class HumanoidEnv(MujocoHumanoid):
             hands_above_head=hands[:, 2] - data.geom_xpos[self._geom["head"]][2] - 0.09,
         )
 
-    def in_goal_state(self) -> bool:
-        """Whether the state, after `mj_kinematics`, is one of the task's goal."""
-        return TASKS[self.task].in_goal_state(self.pose())
+    def in_goal_state(self) -> bool | np.ndarray:
+        """Whether the state, after `mj_kinematics`, is one of the goal; [8] of `"all"` goals."""
+        pose = self.pose()
+        if self.task == "all":
+            return np.array([task.in_goal_state(pose) for task in TASKS.values()])
+        return TASKS[self.task].in_goal_state(pose)
 
 
 gym.register("HumanoidCLIP-v0", HumanoidEnv, max_episode_steps=MAX_STEPS)
@@ -550,7 +561,7 @@ class ActionRepeat(gym.Wrapper):
             if terminated or truncated:
                 break
         if "goal_state" in info:  # a free goal has none
-            info["goal_state"] = float(np.mean(goal_states))
+            info["goal_state"] = np.mean(goal_states, 0)
         return observation, total, terminated, truncated, info
 
 
@@ -624,16 +635,20 @@ def worker_failures(envs: gym.vector.AsyncVectorEnv, stage: str):
 
 
 class Replay:
-    """A ring of rows on the device: (s, a, r, terminated) of all N environments at a step. An s' is
-    the next row's s; where an episode ended, a row without a transition comes between to hold it.
+    """A ring of rows on the device: (s, a, r, terminated, goal) of all N environments at a step,
+    with the rewards r for all G goals. An s' is the next row's s; where an episode ended, a row
+    without a transition comes between to hold it.
     """
 
-    def __init__(self, capacity: int, num_envs: int, obs_dim: int, act_dim: int, device):
+    def __init__(
+        self, capacity: int, num_envs: int, obs_dim: int, act_dim: int, num_goals: int, device
+    ):
         self.rows, self.num_envs, self.device = capacity // num_envs, num_envs, device
         self.head = 0  # the next row to write; row t lies at t % rows
         self.starts = deque()  # the rows with a transition that are still there, oldest first
         self.added = 0  # transitions, in rows
-        shapes = [(self.rows, num_envs, *part) for part in ((obs_dim,), (act_dim,), (), ())]
+        parts = (obs_dim,), (act_dim,), (num_goals,), (), ()
+        shapes = [(self.rows, num_envs, *part) for part in parts]
         need = 4 * sum(map(math.prod, shapes))  # bytes
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         if device == "cuda":
@@ -647,9 +662,10 @@ class Replay:
         # The same rows as in `starts`, on the device to sample from
         self.start_ring = torch.zeros(self.rows, dtype=torch.int64, device=device)
 
-    def add(self, s, a, r, s_next, terminated, ended: bool) -> None:
-        """s [N, O], a [N, A], r [N], s' [N, O], terminated [N]; whether any episode ended."""
-        for ring, value in zip(self.data, (s, a, r, terminated), strict=True):
+    def add(self, s, a, r, s_next, terminated, goal, ended: bool) -> None:
+        """s [N, O], a [N, A], r [N, G], s' [N, O], terminated [N], goal [N]; whether any episode
+        ended."""
+        for ring, value in zip(self.data, (s, a, r, terminated, goal), strict=True):
             ring[self.head % self.rows] = torch.as_tensor(value)
         self.data[0][(self.head + 1) % self.rows] = s_next
         self._start(self.head)
@@ -663,13 +679,13 @@ class Replay:
         self.added += 1
 
     def sample(self, batch_size: int, generator: torch.Generator) -> list[torch.Tensor]:
-        """s [B, O], a [B, A], r [B], s' [B, O], terminated [B]."""
+        """s [B, O], a [B, A], r [B, G], s' [B, O], terminated [B], goal [B]."""
         options = {"size": (batch_size,), "generator": generator, "device": self.device}
         i = torch.randint(self.added - len(self.starts), self.added, **options)
         row = self.start_ring[i % self.rows]
         env = torch.randint(self.num_envs, **options)
-        s, a, r, terminated = (ring[row, env] for ring in self.data)
-        return [s, a, r, self.data[0][(row + 1) % self.rows, env], terminated]
+        s, a, r, terminated, goal = (ring[row, env] for ring in self.data)
+        return [s, a, r, self.data[0][(row + 1) % self.rows, env], terminated, goal.long()]
 
     def save(self, folder: Path, first: int) -> None:
         """Append rows [first, head) as one file, after an end of all episodes; what is on disk
@@ -819,6 +835,7 @@ class Row(NamedTuple):
     reward: np.ndarray  # [N], the environment's own
     s_next: torch.Tensor  # [N, O]
     terminated: np.ndarray  # [N]
+    goal: np.ndarray  # [N]
     frame: np.ndarray  # [N, H, W, 3], of s_next
     done: np.ndarray  # [N], terminated or truncated
     ended: np.ndarray  # [N], done or cut short
@@ -832,16 +849,18 @@ def reset_seed(*key: int) -> int:
     return int(np.random.SeedSequence(key).generate_state(1)[0])
 
 
-def evaluate(envs, policy, score, episodes: int, key: tuple, args: Args):
-    """Play `episodes` to their end with `policy(state) -> action in [-1, 1]`, [N, ...] each.
+def evaluate(envs, policy, score, tasks: list[str], episodes: int, key: tuple, args: Args):
+    """Play `episodes` of each task with `policy(state, goal) -> action in [-1, 1]`, [N, ...] each.
 
-    `score(frames)`, [T, N, H, W, 3], returns the Future of their rewards [T, N]; None: no CLIP.
+    `score(frames)`, [T, N, H, W, 3], returns the Future of their rewards [T, N, G]; None: no CLIP.
     Success is the paper's: the goal state for at least half of an episode's steps; a free goal has
-    no predicate, hence no success rate. T counts actions. Returns the means over the episodes, and
-    the frames of the first episode, one for each step [100, H, W, 3].
+    no predicate, hence no success rate. T counts actions. Returns the means over the episodes, of
+    several tasks also the success rate of each, and the frames of a first episode of each, one for
+    each step [G * 100, H, W, 3].
     """
-    results, film = defaultdict(list), None
-    for first in range(0, episodes, envs.num_envs):
+    results, film, each = defaultdict(list), [], np.arange(envs.num_envs)
+    for first in range(0, episodes * len(tasks), envs.num_envs):
+        goal = (first + each) % len(tasks)  # [N]
         seeds = [reset_seed(*key, first + i) for i in range(envs.num_envs)]
         frames, played, rewards, scores, goal_states = [], [], [], [], []
         running = np.ones(envs.num_envs, bool)
@@ -849,7 +868,7 @@ def evaluate(envs, policy, score, episodes: int, key: tuple, args: Args):
             envs.reset_async(seed=seeds)
             observation, _ = envs.reset_wait(timeout=args.worker_timeout)
         while running.any():
-            action = ACTION_SCALE * policy(observation["state"])
+            action = ACTION_SCALE * policy(observation["state"], goal)
             with worker_failures(envs, "evaluation"):
                 envs.step_async(action)
                 observation, reward, terminated, truncated, info = envs.step_wait(
@@ -861,20 +880,25 @@ def evaluate(envs, policy, score, episodes: int, key: tuple, args: Args):
             played.append(running)
             rewards.append(reward)
             if "goal_state" in info:  # a free goal has none
-                goal_states.append(info["goal_state"])
+                goal_states.append(info["goal_state"].reshape(envs.num_envs, -1)[each, goal])
             running = running & ~(terminated | truncated)
-        film = np.stack(frames).repeat(args.action_repeat, 0) if film is None else film
+        if first < len(tasks):
+            film += [frame for frame in frames for _ in range(args.action_repeat)]
         played = np.stack(played)  # [T, N]
         results["episodic_return"] += (played * rewards).sum(0).tolist()
         if score is not None:
-            scores = np.concatenate([future.result() for future in scores])  # [T, N]
+            scores = np.concatenate([future.result() for future in scores])[:, each, goal]
             results["clip_return"] += (played * scores).sum(0).tolist()
         if goal_states:
             goal_state = (played * goal_states).sum(0) / played.sum(0)
             results["success_rate"] += (goal_state >= 0.5).tolist()
             results["goal_state"] += goal_state.tolist()
-    means = {name: float(np.mean(values[:episodes])) for name, values in results.items()}
-    return means, film
+    total = episodes * len(tasks)
+    means = {name: float(np.mean(values[:total])) for name, values in results.items()}
+    if len(tasks) > 1:
+        success = np.reshape(results["success_rate"][:total], (episodes, -1)).mean(0)
+        means |= {f"success_rate_{task}": float(x) for task, x in zip(tasks, success, strict=True)}
+    return means, np.stack(film)
 
 
 def write_video(film: np.ndarray, path: Path, writer: SummaryWriter | None, step: int) -> None:
@@ -966,13 +990,13 @@ def main() -> None:
             probe.exitcode == 0,
             f"MUJOCO_GL={os.environ.get('MUJOCO_GL')}: cannot render here. {GL_REMEDY}",
         )
-    task = TASKS[args.task]
+    tasks = list(TASKS) if args.task == "all" else [args.task]
     clip = None
     if args.reward == "clip":
-        goal, baseline = args.goal or task.goal, args.baseline or task.baseline
+        goals = [args.goal] if args.goal else [TASKS[task].goal for task in tasks]
         try:
             clip = CLIPReward(
-                args.clip_model, [goal], baseline, args.alpha,
+                args.clip_model, goals, args.baseline or TASKS[tasks[0]].baseline, args.alpha,
                 precision=args.precision, compile=args.compile,
             )  # fmt: skip
         except ValueError as error:
@@ -991,14 +1015,19 @@ def main() -> None:
         clip.to(device)
     obs_dim = envs.single_observation_space["state"].shape[0]
     act_dim = envs.single_action_space.shape[0]
+    goal_input = torch.zeros(1, 0, device=device)  # [G, E]: a single goal needs no telling
+    if len(tasks) > 1:
+        direction = F.normalize(clip.goal - clip.baseline, dim=-1)
+        goal_input = direction * direction.shape[1] ** 0.5  # of about unit variance
 
     torch.set_float32_matmul_precision("medium" if args.precision == "bf16" else "highest")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # enough for the networks; the other cores are CLIP's and the workers'
     torch.manual_seed(args.seed)
     normaliser = Normaliser(obs_dim).to(device)
-    actor = Actor(obs_dim, act_dim, args.hidden).to(device)
-    critic = TwinQ(obs_dim, act_dim, args.hidden, args.layer_norm).to(device)
+    input_dim = obs_dim + goal_input.shape[1]
+    actor = Actor(input_dim, act_dim, args.hidden).to(device)
+    critic = TwinQ(input_dim, act_dim, args.hidden, args.layer_norm).to(device)
     target = copy.deepcopy(critic).requires_grad_(False)
     agent = copy.deepcopy(actor).requires_grad_(False)  # the actor's average: what is evaluated
     ent_coef = args.ent_coef or args.initial_ent_coef
@@ -1025,25 +1054,29 @@ def main() -> None:
     clip_thread = ThreadPoolExecutor(1, initializer=start_clip)
 
     def clip_score(frames: np.ndarray) -> Future[np.ndarray]:
-        """The rewards [T, N] of frames [T, N, H, W, 3], to come."""
+        """The rewards [T, N, G] of frames [T, N, H, W, 3], to come."""
         flat = frames.reshape(-1, *frames.shape[2:])
-        reward = lambda: args.action_repeat * clip(flat).view(frames.shape[:2]).cpu().numpy()
-        return clip_thread.submit(reward)
+        reward = lambda: args.action_repeat * clip(flat).unflatten(0, frames.shape[:2])
+        return clip_thread.submit(lambda: reward().cpu().numpy())
 
     score = clip_score if clip is not None else None
 
+    def see(s: torch.Tensor, goal: torch.Tensor) -> torch.Tensor:
+        """What the networks see of states [B, O] on the way to goals [B]."""
+        return torch.cat([normaliser(s), goal_input[goal]], -1)
+
     @torch.no_grad()
-    def policy(state: np.ndarray) -> np.ndarray:
+    def policy(state: np.ndarray, goal: np.ndarray) -> np.ndarray:
         """The deterministic action."""
-        s = normaliser(torch.from_numpy(state).to(device))
+        s = see(*(torch.from_numpy(x).to(device) for x in (state, goal)))
         return torch.tanh(agent(s)[0]).cpu().numpy()
 
     def final_report(run: Path) -> None:
         """The best and the last agent, beside a random and a motionless one, on unseen seeds."""
         rng = np.random.default_rng(args.seed)
         policies = {
-            "random": lambda state: rng.uniform(-1, 1, (len(state), act_dim)).astype(np.float32),
-            "zero": lambda state: np.zeros((len(state), act_dim), np.float32),
+            "random": lambda s, goal: rng.uniform(-1, 1, (len(s), act_dim)).astype(np.float32),
+            "zero": lambda s, goal: np.zeros((len(s), act_dim), np.float32),
             "last": policy,
             "best": policy,
         }
@@ -1055,13 +1088,13 @@ def main() -> None:
                 state = load_checkpoint(run, f"{name}.pt", "--evaluate")
                 agent.load_state_dict(state["agent"])
                 normaliser.load_state_dict(state["normaliser"])
-            report[name], _ = evaluate(envs, act, score, args.final_episodes, key, args)
+            report[name], _ = evaluate(envs, act, score, tasks, args.final_episodes, key, args)
             print(f"{name:>6}:", ", ".join(f"{k} {v:.3f}" for k, v in report[name].items()))
         if args.evaluate is None:  # a replay, perhaps of fewer episodes, leaves the run's report
             (run / "report.json").write_text(json.dumps(report, indent=2) + "\n")
         if video_envs is not None:
             video = run / "videos" / "best.mp4"
-            _, film = evaluate(video_envs, policy, None, 1, key, args)
+            _, film = evaluate(video_envs, policy, None, tasks, 1, key, args)
             write_video(film, video, None, 0)
             print(f"video: {video}")
             video_envs.close()
@@ -1071,7 +1104,7 @@ def main() -> None:
         final_report(args.evaluate)
         return
 
-    replay = Replay(args.buffer_size, args.num_envs, obs_dim, act_dim, device)
+    replay = Replay(args.buffer_size, args.num_envs, obs_dim, act_dim, len(tasks), device)
     name = f"HumanoidCLIP-v0__{args.exp_name}__{args.seed}__{int(time.time())}"
     run = args.resume or Path("runs") / gather(name)[0]
     replay_folder = run / "replay" / str(RANK)
@@ -1143,6 +1176,7 @@ def main() -> None:
         clock = time.time()
 
     greedy = round(args.greedy_envs * args.num_envs)  # environments that act without noise
+    each = np.arange(args.num_envs)
     observation = reset(np.ones(args.num_envs, bool))
     pending = []  # rows that CLIP's thread does not have yet
     scoring = []  # batches of rows that it has, each with its rewards to come
@@ -1156,14 +1190,16 @@ def main() -> None:
         total=args.total_timesteps, initial=step, unit="step", mininterval=1, disable=RANK > 0
     )
     while step < args.total_timesteps:
-        # ---- Act
+        # ---- Act, each environment for the next goal in every episode
         s = torch.from_numpy(observation["state"]).to(device)  # [N, O]
+        goal = (RANK * args.num_envs + each + episode) % len(tasks)  # [N]
         with torch.no_grad():
             if step < args.learning_starts:
                 a = torch.rand((args.num_envs, act_dim), generator=generator, device=device) * 2 - 1
             else:
-                a, _ = actor.sample(normaliser(s), generator)  # [N, A]
-                a[:greedy] = torch.tanh(actor(normaliser(s[:greedy]))[0])
+                seen = see(s, torch.from_numpy(goal).to(device))
+                a, _ = actor.sample(seen, generator)  # [N, A]
+                a[:greedy] = torch.tanh(actor(seen[:greedy])[0])
         action = ACTION_SCALE * a.cpu().numpy()
         with worker_failures(envs, f"step {step}"):
             envs.step_async(action)
@@ -1176,8 +1212,13 @@ def main() -> None:
         for optimizer in (critic_optimizer, actor_optimizer):
             optimizer.param_groups[0]["lr"] = args.learning_rate * remaining
         for _ in range(due):
-            s_t, a_t, r_t, s_next, terminated_t = replay.sample(args.batch_size, generator)
-            s_t, s_next = normaliser(s_t), normaliser(s_next)
+            s_t, a_t, r_t, s_next, terminated_t, g = replay.sample(args.batch_size, generator)
+            if len(tasks) > 1:  # hindsight: every frame was scored for every goal
+                options = {"generator": generator, "device": device}
+                relabel = torch.rand(len(g), **options) < args.relabel_fraction
+                g = torch.where(relabel, torch.randint(len(tasks), g.shape, **options), g)  # [B]
+            r_t = r_t.gather(1, g[:, None])[:, 0]  # [B, G] -> [B]
+            s_t, s_next = see(s_t, g), see(s_next, g)
             ent_coef = log_ent_coef.detach().exp()
             with torch.no_grad():
                 a_next, log_pi_next = actor.sample(s_next, generator)
@@ -1223,7 +1264,7 @@ def main() -> None:
         ended = done | evaluates | saves  # which cut the running episodes short
         s_next = torch.from_numpy(next_observation["state"]).to(device)
         frame = next_observation["frame"]
-        pending.append(Row(s, a, reward, s_next, terminated, frame, done, ended))
+        pending.append(Row(s, a, reward, s_next, terminated, goal, frame, done, ended))
 
         # ---- Hand the frames of several steps to CLIP's thread as one batch, and store the batch
         # before it, which was scored meanwhile. Evaluations and checkpoints wait for all, so that
@@ -1234,17 +1275,19 @@ def main() -> None:
             pending = []
         while len(scoring) > (0 if evaluates or saves else 1):
             rows, future = scoring.pop(0)
-            rewards = future.result() if future else np.stack([row.reward for row in rows])
+            own = np.stack([row.reward for row in rows])[..., None]
+            rewards = future.result() if future else own
             stop_if_nan("the reward", [torch.from_numpy(rewards)])
-            for row, r in zip(rows, rewards, strict=True):  # r [N]
+            for row, r in zip(rows, rewards, strict=True):  # r [N, G]
                 gained = {"episodic_return": row.reward, "episodic_length": args.action_repeat}
                 if score:
-                    gained["clip_return"] = r
+                    gained["clip_return"] = r[each, row.goal]
                 for name, value in gained.items():
                     totals[name] += value
                     episodes[f"charts/{name}"] += totals[name][row.done].tolist()
                     totals[name][row.ended] = 0
-                replay.add(row.s, row.a, r, row.s_next, row.terminated, row.ended.any())
+                transition = row.s, row.a, r, row.s_next, row.terminated, row.goal
+                replay.add(*transition, ended=row.ended.any())
             normaliser.update(torch.cat([row.s_next for row in rows]))
         lap("clip")
 
@@ -1253,15 +1296,15 @@ def main() -> None:
             networks = (*actor.parameters(), *critic.parameters(), *normaliser.buffers())
             stop_if_nan("a network", (*networks, log_ent_coef))
         if evaluates and RANK == 0:  # the others wait in the next average or gather
-            summary, _ = evaluate(
-                envs, policy, score, args.eval_episodes, (args.seed, SELECTION), args
-            )
+            key = args.seed, SELECTION
+            summary, _ = evaluate(envs, policy, score, tasks, args.eval_episodes, key, args)
             if video_envs is not None:
-                _, film = evaluate(video_envs, policy, None, 1, (args.seed, SELECTION), args)
+                _, film = evaluate(video_envs, policy, None, tasks, 1, key, args)
                 write_video(film, run / "videos" / f"{step}.mp4", writer, step)
             for name, value in summary.items():
                 writer.add_scalar(f"eval/{name}", value, step)
-            bar.set_postfix({name: f"{value:.4g}" for name, value in summary.items()})
+            short = {k: f"{v:.4g}" for k, v in summary.items() if not k.startswith("success_rate_")}
+            bar.set_postfix(short)
             selected = summary["clip_return" if score else "episodic_return"]
             if selected > best_return:
                 best_return = selected

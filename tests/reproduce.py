@@ -58,6 +58,12 @@ EXPERIMENTS = {
     "hands_on_hips": pose("hands_on_hips"),
     "arms_crossed": pose("arms_crossed"),
     "one_leg": pose("one_leg"),
+    "all_tasks": Experiment(
+        "one humanoid, eight sentences",
+        f"{SAC} --task all --total-timesteps 2000000 --eval-every 64000 --eval-episodes 4",
+        2.2,
+        1,
+    ),
     "alpha_half": Experiment(
         "kneeling with half of the regularisation", f"{SAC} --alpha 0.5", 0.7, 1
     ),

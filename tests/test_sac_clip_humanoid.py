@@ -27,6 +27,7 @@ from sac_clip_humanoid import (  # first: it puts torch before the first GL cont
 )
 
 import gymnasium as gym
+import imageio
 import mujoco
 import numpy as np
 import torch
@@ -113,6 +114,13 @@ def test_frame_follows_the_state_and_the_look_its_flags(env):
         pose(other, {})
         assert np.abs(other.render().astype(int) - stands).mean() > 5, flags
         other.close()
+
+
+def test_all_tasks_have_a_goal_state_each():
+    env = HumanoidEnv(task="all")
+    env.reset(seed=0)
+    goal_state = env.step(env.action_space.sample())[-1]["goal_state"]
+    assert goal_state.tolist() == [task.in_goal_state(env.pose()) for task in TASKS.values()]
 
 
 def test_a_repeated_action_adds_rewards_and_shares_the_goal_state():
@@ -268,29 +276,29 @@ def fill(replay: Replay, steps: int, seed: int = 0) -> list[tuple]:
     observation = rng.normal(size=(n, 2)).astype(np.float32)
     for step in range(steps):
         action = rng.normal(size=(n, 1)).astype(np.float32)
-        reward = rng.normal(size=n).astype(np.float32)
+        reward = rng.normal(size=(n, 2)).astype(np.float32)
+        goal = rng.integers(2, size=n)
         terminated, truncated = rng.random(n) < 0.02, rng.random(n) < 0.02
         truncated |= step == steps - 1
         ended = terminated | truncated
         following = rng.normal(size=(n, 2)).astype(np.float32)
-        parts = (observation, action, reward, following, terminated)
+        parts = (observation, action, reward, following, terminated, goal)
         replay.add(*map(torch.from_numpy, parts), ended.any())
         for i in range(n):
-            transitions.append(
-                (*observation[i], *action[i], reward[i], *following[i], float(terminated[i]))
-            )
+            numbers = *observation[i], *action[i], *reward[i], *following[i], terminated[i], goal[i]
+            transitions.append(tuple(map(float, numbers)))
         restart = rng.normal(size=(n, 2)).astype(np.float32)
         observation = np.where(ended[:, None], restart, following)
     return transitions
 
 
 def sampled(replay: Replay, count: int) -> np.ndarray:
-    s, a, r, s_next, terminated = replay.sample(count, torch.Generator().manual_seed(0))
-    return torch.cat([s, a, r[:, None], s_next, terminated[:, None]], 1).numpy()
+    s, a, r, s_next, *marks = replay.sample(count, torch.Generator().manual_seed(0))
+    return torch.cat([s, a, r, s_next, *(mark[:, None] for mark in marks)], 1).numpy()
 
 
 def test_replay_samples_every_stored_transition_equally_and_no_other():
-    replay = Replay(400, 4, 2, 1, "cpu")
+    replay = Replay(400, 4, 2, 1, 2, "cpu")
     transitions = fill(replay, 60)
     draws, counts = np.unique(sampled(replay, 100_000), axis=0, return_counts=True)
     assert {tuple(d) for d in draws} == {tuple(np.float32(t)) for t in transitions}
@@ -298,7 +306,7 @@ def test_replay_samples_every_stored_transition_equally_and_no_other():
 
 
 def test_replay_wraps_and_keeps_the_latest():
-    replay = Replay(120, 4, 2, 1, "cpu")
+    replay = Replay(120, 4, 2, 1, 2, "cpu")
     transitions = fill(replay, 200)
     known = {tuple(np.float32(t)): i for i, t in enumerate(transitions)}
     ages = {200 - known[tuple(d)] // 4 for d in sampled(replay, 5_000)}
@@ -307,7 +315,7 @@ def test_replay_wraps_and_keeps_the_latest():
 
 
 def test_the_shortest_replay_that_is_allowed():
-    replay = Replay(12, 4, 2, 1, "cpu")  # three rows
+    replay = Replay(12, 4, 2, 1, 2, "cpu")  # three rows
     transitions = fill(replay, 50)
     latest = {tuple(np.float32(t)) for t in transitions[-4:]}
     assert {tuple(d) for d in sampled(replay, 100)} == latest
@@ -315,31 +323,32 @@ def test_the_shortest_replay_that_is_allowed():
 
 def test_replay_keeps_each_observation_once():
     """A million transitions of the paper's 348 numbers in 1.6 GB."""
-    replay = Replay(10_000, 16, 348, 17, "cpu")
+    replay = Replay(10_000, 16, 348, 17, 1, "cpu")
     tensors = [*replay.data, replay.start_ring]
     assert sum(x.numel() * x.element_size() for x in tensors) < 1.6e9 / 100
     for episode in range(6):  # in lockstep, as the humanoid's
         for step in range(100):
             value = torch.full((16, 348), 1000.0 * episode + step)
-            replay.add(value, value[:, :17], value[:, 0], value + 1, value[:, 0], step == 99)
-    s, _, r, s_next, _ = replay.sample(5000, torch.Generator().manual_seed(0))
-    assert torch.equal(s_next, s + 1) and torch.equal(r, s[:, 0])
+            zero = torch.zeros(16)
+            replay.add(value, value[:, :17], value[:, :1], value + 1, zero, zero, step == 99)
+    s, _, r, s_next, *_ = replay.sample(5000, torch.Generator().manual_seed(0))
+    assert torch.equal(s_next, s + 1) and torch.equal(r, s[:, :1])
     assert len(r.unique()) == 600
 
 
 def test_replay_comes_back_from_its_files(tmp_path):
-    replay, saved = Replay(200, 4, 2, 1, "cpu"), 0
+    replay, saved = Replay(200, 4, 2, 1, 2, "cpu"), 0
     for part in range(5):
         fill(replay, 18, seed=part)
         replay.save(tmp_path, saved)
         saved = replay.head
-    restored = Replay(200, 4, 2, 1, "cpu")
+    restored = Replay(200, 4, 2, 1, 2, "cpu")
     restored.load(tmp_path, saved)
     np.testing.assert_array_equal(sampled(restored, 2000), sampled(replay, 2000))
     assert len(list(tmp_path.iterdir())) < 5  # what the ring has overwritten is gone
     next(tmp_path.glob(f"*-{saved}.pt")).unlink()
     with pytest.raises(SystemExit):
-        Replay(200, 4, 2, 1, "cpu").load(tmp_path, saved)
+        Replay(200, 4, 2, 1, 2, "cpu").load(tmp_path, saved)
 
 
 # ---- Whole runs ---------------------------------------------------------------------------------
@@ -428,6 +437,79 @@ def test_killed_and_resumed_equals_uninterrupted(finished, tmp_path, random_clip
     assert [e.step for e in scalars(run)["eval/clip_return"]] == [800, 1600]
 
 
+def test_one_agent_for_all_tasks(tmp_path, random_clip):
+    flags = ["--clip-model", random_clip, "--task", "all", "--eval-episodes", "1"]
+    flags += ["--final-episodes", "1", "--no-anneal-lr"]
+    folders = [tmp_path / "whole", tmp_path / "resumed"]
+    for folder, steps in zip(folders, ("1600", "800"), strict=True):
+        folder.mkdir()
+        result = train(SCRIPT, folder, *SMALL, *flags, "--total-timesteps", steps)
+        assert result.returncode == 0, result.stderr
+    whole, resumed = map(only_run, folders)
+    result = train(SCRIPT, folders[1], "--resume", resumed, "--total-timesteps", "1600")
+    assert result.returncode == 0, result.stderr
+    expected, now = networks(whole), networks(resumed)
+    assert all(torch.equal(value, now[name]) for name, value in expected.items())
+    of_each = {f"success_rate_{task}" for task in TASKS}
+    assert of_each < json.loads((whole / "report.json").read_text())["best"].keys()
+    assert {f"eval/{name}" for name in of_each} < scalars(whole).keys()
+    with imageio.get_reader(whole / "videos" / "best.mp4") as film:
+        assert film.count_frames() == 800
+    (first, _) = sorted((whole / "replay" / "0").iterdir())
+    part = torch.load(first, weights_only=True)
+    *_, r, _, goal = (ring[part["starts"]] for ring in part["data"])  # [100, 4, ...]
+    assert r.shape[-1] == 8 and (r.std((0, 1)) > 0).all()
+    episodes = goal[::50].long()  # 50 actions of an episode
+    assert torch.equal(goal.long(), episodes.repeat_interleave(50, 0))
+    assert torch.equal(episodes, torch.tensor([[1, 2, 3, 4], [2, 3, 4, 5]]))
+
+
+class Numbered(torch.nn.Module):
+    """In CLIP's place a reward of i for goal i, and an embedding that shows which goal it is."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__()
+        self.goal, self.baseline = torch.eye(8), torch.zeros(8)
+
+    def forward(self, frames: np.ndarray) -> torch.Tensor:
+        return torch.arange(8.0).expand(len(frames), 8)
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.5])
+def test_a_relabelled_transition_has_the_reward_of_its_new_goal(fraction, tmp_path, monkeypatch):
+    flags = [*SMALL, "--total-timesteps", "800", "--eval-episodes", "1", "--final-episodes", "1"]
+    flags += ["--task", "all", "--gamma", "0", "--relabel-fraction", str(fraction)]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [SCRIPT, *flags, "--no-capture-video"])
+    monkeypatch.setattr("sac_clip_humanoid.CLIPReward", Numbered)
+    pursued, trained, targets = [], [], []
+    sample, forward = Replay.sample, TwinQ.forward
+    mse_loss = torch.nn.functional.mse_loss
+
+    def recorded_sample(*arguments):
+        batch = sample(*arguments)
+        pursued.append(batch[-1])
+        return batch
+
+    def recorded_forward(self, s, a):
+        recorded_forward.goal = s[:, -8:].argmax(1)
+        return forward(self, s, a)
+
+    def recorded_loss(q, y):
+        trained.append(recorded_forward.goal)
+        targets.append(y[0])
+        return mse_loss(q, y)
+
+    monkeypatch.setattr(Replay, "sample", recorded_sample)
+    monkeypatch.setattr(TwinQ, "forward", recorded_forward)
+    monkeypatch.setattr(torch.nn.functional, "mse_loss", recorded_loss)
+    main()
+    pursued, trained, targets = map(torch.cat, (pursued, trained, targets))
+    assert len(targets) > 1000 and torch.allclose(targets, 2 * 5.0 * trained)
+    changed = (pursued != trained).float().mean().item()
+    assert changed == pytest.approx(fraction * 7 / 8, abs=0.05)
+
+
 class HighArms(torch.nn.Module):
     """In CLIP's place a reward that is easy to learn: how high up the arms' colours appear."""
 
@@ -505,7 +587,7 @@ def test_half_act_without_noise_and_a_frame_counts_for_its_steps(tmp_path, monke
     assert json.loads((run / "report.json").read_text())["last"]["clip_return"] == 100
     (file,) = (run / "replay" / "0").iterdir()
     part = torch.load(file, weights_only=True)
-    _, a, r, _ = (ring[part["starts"]] for ring in part["data"])  # [100, 4, ...]
+    _, a, r, *_ = (ring[part["starts"]] for ring in part["data"])  # [100, 4, ...]
     assert (r == 2).all()
     learned = a[25:]  # after 200 steps: two for each action of 4 environments
     assert (learned[:, 2:] == 0.9).all() and not (learned[:, :2] == 0.9).any()
@@ -592,6 +674,8 @@ def test_nan_stops_the_run_and_leaves_the_last_checkpoint(tmp_path, random_clip)
         (["--batch-size", "9000", "--buffer-size", "8000"], ["--batch-size 9000", "8000"]),
         (["--batch-size", "8", "--buffer-size", "32"], ["--buffer-size 32", "raise it to 48"]),
         (["--learning-starts", "-1"], ["--learning-starts -1"]),
+        (["--task", "all", "--goal", "a robot"], ["--task all", "not together with --goal"]),
+        (["--relabel-fraction", "2"], ["--relabel-fraction 2.0", "between 0 and 1"]),
         (["--ent-coef", "0"], ["--ent-coef 0", "greater than 0", "learn it"]),
         (["--updates-per-step", "inf"], ["--updates-per-step inf", "finite"]),
         (["--seed", "-1"], ["--seed -1"]),
@@ -619,9 +703,9 @@ def test_bad_input_is_one_line(tmp_path, random_clip, flags, words, monkeypatch,
 
 def test_a_replay_that_does_not_fit_is_refused(capsys):
     with pytest.raises(SystemExit):
-        Replay(10**12, 16, 45, 17, "cpu")
+        Replay(10**12, 16, 45, 17, 1, "cpu")
     errors = capsys.readouterr().err
-    assert errors.startswith("--buffer-size 1000000000000: takes 23")
+    assert errors.startswith("--buffer-size 1000000000000: takes 24")
     assert errors.count("\n") == 1 and errors.endswith("lower it\n")
 
 
