@@ -313,14 +313,18 @@ def hands_on_hips(p: Pose) -> bool:
     )
 
 
-def arms_crossed(p: Pose) -> bool:
+def crossed(p: Pose) -> bool:
     overlap = p.hands[0, 1] - p.hands[1, 1]  # the right hand is this far to the left of the left
-    return standing(p) and bool(
+    return bool(
         overlap > 0.1  # hands have a radius of 0.04: two that only touch stay under this
         and p.elbows[0, 1] < p.elbows[1, 1]
         and (p.hands[:, 0] > 0.1).all()
         and (np.abs(p.hands[:, 2]) < 0.3).all()  # at the height of the chest
     )
+
+
+def arms_crossed(p: Pose) -> bool:
+    return standing(p) and crossed(p)
 
 
 def one_leg(p: Pose) -> bool:

@@ -462,6 +462,13 @@ def test_one_agent_for_all_tasks(tmp_path, random_clip):
     episodes = goal[::50].long()  # 50 actions of an episode
     assert torch.equal(goal.long(), episodes.repeat_interleave(50, 0))
     assert torch.equal(episodes, torch.tensor([[1, 2, 3, 4], [2, 3, 4, 5]]))
+    script, output = Path(__file__).parent / "unseen_prompts.py", tmp_path / "unseen.json"
+    flags = ["--episodes", "1", "--num-envs", "4", "--output", output]
+    result = subprocess.run([sys.executable, script, whole, *flags], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    rows = json.loads(output.read_text())["success_rate"]
+    assert len(rows) == 21 and all(row["success_rate"] in (0, 1) for row in rows.values())
+    assert not {row["prompt"] for row in rows.values()} & {task.goal for task in TASKS.values()}
 
 
 class Numbered(torch.nn.Module):
