@@ -565,7 +565,7 @@ class ActionRepeat(gym.Wrapper):
             if terminated or truncated:
                 break
         if "goal_state" in info:  # a free goal has none
-            info["goal_state"] = np.mean(goal_states, 0)
+            info["goal_state"] = sum(goal_states) / len(goal_states)
         return observation, total, terminated, truncated, info
 
 

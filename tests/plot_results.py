@@ -88,6 +88,25 @@ def poses(load: Callable[[str], dict]) -> plt.Figure:
     return figure
 
 
+def learning(load: Callable[[str], dict]) -> plt.Figure:
+    """In each pose what CLIP pays and what the predicate sees: apart where CLIP is exploited."""
+    figure, axes = plt.subplots(2, 4, figsize=(12, 5), sharex=True, sharey=True)
+    for axis, task in zip(axes.flat, PAPER, strict=True):
+        runs, other = load(task)["runs"], axis.twinx()
+        over_seeds(axis, runs, "success_rate", 100, color="tab:green")
+        over_seeds(other, runs, "clip_return", color="tab:purple")
+        axis.set(title=task.replace("_", " "), ylim=(-3, 103))
+        other.set_ylim(-20, 50)
+        if axis in axes[:, -1]:
+            other.set_ylabel("CLIP return", color="tab:purple")
+        else:
+            other.tick_params(labelright=False)
+        axis.grid(alpha=0.3)
+    figure.supxlabel("thousand env steps", fontsize="medium")
+    figure.supylabel("success rate / %", color="tab:green", fontsize="medium")
+    return figure
+
+
 def playhouse(load: Callable[[str], dict]) -> plt.Figure:
     """Of each family's goals, in unseen homes: where the toy is, and what CLIP says of it."""
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.5), sharey=True)
@@ -148,7 +167,7 @@ def animation(video: Path, path: Path) -> None:
     imageio.mimwrite(path, frames, duration=120, loop=0)  # of 4 steps of 0.015 s, in ms
 
 
-FIGURES = [kneeling, poses, playhouse, precision_recall, epic]
+FIGURES = [kneeling, poses, learning, playhouse, precision_recall, epic]
 
 
 def main(args: Args) -> None:

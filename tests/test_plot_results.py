@@ -25,7 +25,7 @@ def test_figures_are_drawn_from_what_is_there(tmp_path, capsys):
     args = plot_results.Args(tmp_path, runs=tmp_path)
     plot_results.main(args)
     assert not list(tmp_path.glob("*.png"))
-    assert capsys.readouterr().out.count("first python tests/reproduce.py") == 5
+    assert capsys.readouterr().out.count("first python tests/reproduce.py") == 6
 
     write("playhouse", {"runs": [run(0.5), run(0.9)]})
     for task in plot_results.PAPER:
