@@ -2,7 +2,8 @@ r"""Train a MuJoCo humanoid to take a pose described by one sentence: SAC on a C
 
     python sac_clip_humanoid.py                                      # kneeling, on a laptop CPU
     python sac_clip_humanoid.py --goal "a humanoid robot meditating in the lotus pose"
-    python sac_clip_humanoid.py --task all --total-timesteps 2_000_000  # one agent, all eight poses
+    python sac_clip_humanoid.py --task all --total-timesteps 2_000_000 \
+        --eval-every 64_000 --eval-episodes 4                            # one agent, eight poses
     python sac_clip_humanoid.py --clip-model ViT-bigG-14/laion2b_s39b_b160k --frame-size 224 \
         --total-timesteps 10_000_000 --eval-every 250_000 --checkpoint-every 250_000 \
         --learning-starts 50_000 --batch-size 512 --updates-per-step 0.03 --actor-tau 1 \
@@ -145,13 +146,13 @@ class Args:
     learning_starts: int = 5_000  # env steps of uniformly random actions before the first update
     greedy_envs: float = 0.5
     """share of the environments that act without noise, as evaluation does; else the replay lacks
-    the states that it drifts into"""
+    the states that the noise-free policy drifts into"""
     updates_per_step: float = 0.25  # gradient updates per environment step of all ranks
     batch_size: int = 128  # transitions per update and rank
     learning_rate: float = 6e-4  # of actor, critics and temperature
     anneal_lr: bool = True
-    """lower the learning rates linearly to 0 at --total-timesteps; a resume with another one bends
-    the line"""
+    """lower the learning rates linearly to 0 at --total-timesteps; a resume with another one
+    changes the slope from there on"""
     gamma: float = 0.95  # discount factor, per action
     tau: float = 0.005  # fraction of the critics that enters their targets per update
     actor_tau: float = 0.0003
@@ -163,8 +164,7 @@ class Args:
     """where learning it starts; the usual 1 pays for entropy alone in the first tenth of the run"""
     reward_scale: float = 5.0  # factor on the reward before it is learned from
     relabel_fraction: float = 0.5
-    """with --task all: share of the sampled transitions that are trained for a random goal, not for
-    the one that was pursued"""
+    """with --task all: share of the sampled transitions whose goal is drawn anew, from all"""
     hidden: int = 256  # units in each of the two hidden layers
     layer_norm: bool = False  # in the critics, against overestimated values
 
@@ -201,8 +201,8 @@ def check_args(args: Args) -> None:
     require("gamma", 0 <= args.gamma < 1, "must be at least 0 and less than 1")
     require("tau", args.tau <= 1, "must be at most 1")
     require("task", args.task in (*TASKS, "all"), f"choose one of {', '.join(TASKS)}, or all")
-    alone = args.reward == "clip" and args.goal is None
-    require("task", args.task != "all" or alone, "not together with --goal or --reward env")
+    from_clip = args.reward == "clip" and args.goal is None
+    require("task", args.task != "all" or from_clip, "not together with --goal or --reward env")
     for name in ("goal", "baseline"):
         sentence = getattr(args, name)
         check(sentence is None or sentence.strip(), f"--{name} {sentence!r}: write a sentence")
@@ -413,7 +413,7 @@ class HumanoidEnv(MujocoHumanoid):
     | `width`, `height`          | 144          | size of the frame in pixels                      |
 
     `info["goal_state"]` is `in_goal_state()` after the step; evaluation counts it, no reward does.
-    Of `"all"` both have one number for each task [8].
+    With `"all"` both are an array [8], one entry for each of `TASKS`.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 67}
@@ -839,7 +839,7 @@ class Row(NamedTuple):
     reward: np.ndarray  # [N], the environment's own
     s_next: torch.Tensor  # [N, O]
     terminated: np.ndarray  # [N]
-    goal: np.ndarray  # [N]
+    goal: np.ndarray  # [N], index of the one that is pursued
     frame: np.ndarray  # [N, H, W, 3], of s_next
     done: np.ndarray  # [N], terminated or truncated
     ended: np.ndarray  # [N], done or cut short
@@ -854,13 +854,14 @@ def reset_seed(*key: int) -> int:
 
 
 def evaluate(envs, policy, score, tasks: list[str], episodes: int, key: tuple, args: Args):
-    """Play `episodes` of each task with `policy(state, goal) -> action in [-1, 1]`, [N, ...] each.
+    """Play `episodes` of each task with `policy(state, goal) -> action in [-1, 1]`, [N, ...] each;
+    episode i starts from `reset_seed(*key, i)`.
 
     `score(frames)`, [T, N, H, W, 3], returns the Future of their rewards [T, N, G]; None: no CLIP.
     Success is the paper's: the goal state for at least half of an episode's steps; a free goal has
     no predicate, hence no success rate. T counts actions. Returns the means over the episodes, of
-    several tasks also the success rate of each, and the frames of a first episode of each, one for
-    each step [G * 100, H, W, 3].
+    several tasks also the success rate of each, and what environment 0 showed at first, of a single
+    environment an episode of each task: a frame for each step [G * 100, H, W, 3].
     """
     results, film, each = defaultdict(list), [], np.arange(envs.num_envs)
     for first in range(0, episodes * len(tasks), envs.num_envs):
@@ -887,7 +888,7 @@ def evaluate(envs, policy, score, tasks: list[str], episodes: int, key: tuple, a
                 goal_states.append(info["goal_state"].reshape(envs.num_envs, -1)[each, goal])
             running = running & ~(terminated | truncated)
         if first < len(tasks):
-            film += [frame for frame in frames for _ in range(args.action_repeat)]
+            film.append(np.stack(frames).repeat(args.action_repeat, 0))
         played = np.stack(played)  # [T, N]
         results["episodic_return"] += (played * rewards).sum(0).tolist()
         if score is not None:
@@ -902,7 +903,7 @@ def evaluate(envs, policy, score, tasks: list[str], episodes: int, key: tuple, a
     if len(tasks) > 1:
         success = np.reshape(results["success_rate"][:total], (episodes, -1)).mean(0)
         means |= {f"success_rate_{task}": float(x) for task, x in zip(tasks, success, strict=True)}
-    return means, np.stack(film)
+    return means, np.concatenate(film)
 
 
 def write_video(film: np.ndarray, path: Path, writer: SummaryWriter | None, step: int) -> None:
@@ -1019,10 +1020,13 @@ def main() -> None:
         clip.to(device)
     obs_dim = envs.single_observation_space["state"].shape[0]
     act_dim = envs.single_action_space.shape[0]
-    goal_input = torch.zeros(1, 0, device=device)  # [G, E]: a single goal needs no telling
-    if len(tasks) > 1:
+    goal_input = torch.zeros(1, 0, device=device)  # [G, E], tells the goal; a single one need not
+    if args.evaluate is not None:  # another CLIP may judge the agent, but not tell it its goal
+        state = load_checkpoint(args.evaluate, "best.pt", "--evaluate")
+        goal_input = state["goal_input"].to(device)
+    elif len(tasks) > 1:  # embeddings are mostly what all these prompts have in common
         direction = F.normalize(clip.goal - clip.baseline, dim=-1)
-        goal_input = direction * direction.shape[1] ** 0.5  # of about unit variance
+        goal_input = direction * direction.shape[1] ** 0.5  # mean square 1, as of the state
 
     torch.set_float32_matmul_precision("medium" if args.precision == "bf16" else "highest")
     threads = torch.get_num_threads()
@@ -1065,14 +1069,14 @@ def main() -> None:
 
     score = clip_score if clip is not None else None
 
-    def see(s: torch.Tensor, goal: torch.Tensor) -> torch.Tensor:
-        """What the networks see of states [B, O] on the way to goals [B]."""
+    def with_goal(s: torch.Tensor, goal: torch.Tensor) -> torch.Tensor:
+        """What the networks see of states [B, O] on the way to goals [B]: [B, O + E]."""
         return torch.cat([normaliser(s), goal_input[goal]], -1)
 
     @torch.no_grad()
     def policy(state: np.ndarray, goal: np.ndarray) -> np.ndarray:
         """The deterministic action."""
-        s = see(*(torch.from_numpy(x).to(device) for x in (state, goal)))
+        s = with_goal(*(torch.from_numpy(x).to(device) for x in (state, goal)))
         return torch.tanh(agent(s)[0]).cpu().numpy()
 
     def final_report(run: Path) -> None:
@@ -1146,6 +1150,7 @@ def main() -> None:
         state |= {
             "args": {**arguments, "resume": None, "evaluate": None},
             "log_ent_coef": log_ent_coef.detach(),
+            "goal_input": goal_input,
             "device": device,
             "ranks": ranks,
             "step": step,
@@ -1194,16 +1199,16 @@ def main() -> None:
         total=args.total_timesteps, initial=step, unit="step", mininterval=1, disable=RANK > 0
     )
     while step < args.total_timesteps:
-        # ---- Act, each environment for the next goal in every episode
+        # ---- Act; at each reset an environment moves on to the next goal
         s = torch.from_numpy(observation["state"]).to(device)  # [N, O]
         goal = (RANK * args.num_envs + each + episode) % len(tasks)  # [N]
         with torch.no_grad():
             if step < args.learning_starts:
                 a = torch.rand((args.num_envs, act_dim), generator=generator, device=device) * 2 - 1
             else:
-                seen = see(s, torch.from_numpy(goal).to(device))
-                a, _ = actor.sample(seen, generator)  # [N, A]
-                a[:greedy] = torch.tanh(actor(seen[:greedy])[0])
+                inputs = with_goal(s, torch.from_numpy(goal).to(device))  # [N, O + E]
+                a, _ = actor.sample(inputs, generator)  # [N, A]
+                a[:greedy] = torch.tanh(actor(inputs[:greedy])[0])
         action = ACTION_SCALE * a.cpu().numpy()
         with worker_failures(envs, f"step {step}"):
             envs.step_async(action)
@@ -1222,7 +1227,7 @@ def main() -> None:
                 relabel = torch.rand(len(g), **options) < args.relabel_fraction
                 g = torch.where(relabel, torch.randint(len(tasks), g.shape, **options), g)  # [B]
             r_t = r_t.gather(1, g[:, None])[:, 0]  # [B, G] -> [B]
-            s_t, s_next = see(s_t, g), see(s_next, g)
+            s_t, s_next = with_goal(s_t, g), with_goal(s_next, g)
             ent_coef = log_ent_coef.detach().exp()
             with torch.no_grad():
                 a_next, log_pi_next = actor.sample(s_next, generator)
@@ -1279,8 +1284,10 @@ def main() -> None:
             pending = []
         while len(scoring) > (0 if evaluates or saves else 1):
             rows, future = scoring.pop(0)
-            own = np.stack([row.reward for row in rows])[..., None]
-            rewards = future.result() if future else own
+            if future:
+                rewards = future.result()  # [T, N, G]
+            else:
+                rewards = np.stack([row.reward for row in rows])[..., None]
             stop_if_nan("the reward", [torch.from_numpy(rewards)])
             for row, r in zip(rows, rewards, strict=True):  # r [N, G]
                 gained = {"episodic_return": row.reward, "episodic_length": args.action_repeat}
@@ -1307,6 +1314,7 @@ def main() -> None:
                 write_video(film, run / "videos" / f"{step}.mp4", writer, step)
             for name, value in summary.items():
                 writer.add_scalar(f"eval/{name}", value, step)
+            # The bar has no room for those of eight tasks.
             short = {k: f"{v:.4g}" for k, v in summary.items() if not k.startswith("success_rate_")}
             bar.set_postfix(short)
             selected = summary["clip_return" if score else "episodic_return"]

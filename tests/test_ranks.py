@@ -40,9 +40,9 @@ exec(compile(guard + after, __file__, "exec"))
 SCRIPTS = {
     "sac_clip_humanoid": (
         ["Actor", "TwinQ", "Normaliser"],
-        ["--num-envs", "2", "--learning-starts", "200",
-         "--eval-every", "800", "--checkpoint-every", "800", "--eval-episodes", "2",
-         "--final-episodes", "2", "--hidden", "32", "--batch-size", "32", "--device", "cpu",
+        ["--task", "all", "--num-envs", "2", "--learning-starts", "200",
+         "--eval-every", "800", "--checkpoint-every", "800", "--eval-episodes", "1",
+         "--final-episodes", "1", "--hidden", "32", "--batch-size", "32", "--device", "cpu",
          "--frame-size", "48", "--updates-per-step", "0.1"],
     ),
     "dqn_clip_playhouse": (

@@ -462,6 +462,10 @@ def test_one_agent_for_all_tasks(tmp_path, random_clip):
     episodes = goal[::50].long()  # 50 actions of an episode
     assert torch.equal(goal.long(), episodes.repeat_interleave(50, 0))
     assert torch.equal(episodes, torch.tensor([[1, 2, 3, 4], [2, 3, 4, 5]]))
+    tiny_clip = ROOT / "tests" / "tiny_clip"  # of other embeddings: it judges, but tells no goal
+    flags = ["--evaluate", whole, "--clip-model", tiny_clip, "--final-episodes", "1"]
+    result = train(SCRIPT, folders[0], *flags)
+    assert result.returncode == 0 and "best:" in result.stdout, result.stderr
     script, output = Path(__file__).parent / "unseen_prompts.py", tmp_path / "unseen.json"
     flags = ["--episodes", "1", "--num-envs", "4", "--output", output]
     result = subprocess.run([sys.executable, script, whole, *flags], capture_output=True, text=True)

@@ -38,7 +38,7 @@ class Args:
     seed: int = 4321
     """of the episodes' starts"""
     clip_model: str | None = None
-    """unset, the one that the run was trained with"""
+    """where the CLIP is that the run was trained with, if no longer there"""
     output: Path | None = None
     """JSON file for the numbers"""
 
@@ -83,9 +83,12 @@ def main(args: Args) -> dict:
     state = sac.load_checkpoint(args.run, "best.pt", "RUN")
     settings = sac.Args(**state["args"])
     sac.check(settings.task == "all", f"RUN {args.run}: was trained for {settings.task} alone")
-    for name in ("episodes", "num_envs"):
+    sac.check(
+        sac.START_METHOD == "fork", "the workers would not know the new predicates: take Linux"
+    )
+    for name, least in (("episodes", 1), ("num_envs", 1), ("seed", 0)):
         value = getattr(args, name)
-        sac.check(value > 0, f"--{sac.flag(name)} {value}: must be greater than 0")
+        sac.check(value >= least, f"--{sac.flag(name)} {value}: must be at least {least}")
     tasks = unseen_tasks()
     prompts = [task.goal for task in tasks.values()]
     model = args.clip_model or settings.clip_model
@@ -96,6 +99,10 @@ def main(args: Args) -> dict:
         sac.check(False, str(error))
     direction = F.normalize(clip.goal - clip.baseline, dim=-1)
     goal_input = direction * direction.shape[1] ** 0.5  # as the script tells its own goals
+    sizes = goal_input.shape[1], state["goal_input"].shape[1]
+    sac.check(
+        sizes[0] == sizes[1], f"--clip-model {model}: embeds in {sizes[0]} numbers, not {sizes[1]}"
+    )
 
     sac.TASKS.clear()  # the environments judge what stands there
     sac.TASKS.update(tasks)
