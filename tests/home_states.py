@@ -65,11 +65,8 @@ for relation in RELATIONS:
     CHOICES.append([Meaning(relation, colour, None) for colour in COLOURS])
     CHOICES.append([Meaning(relation, None, kind) for kind in KINDS])
 UNNAMED = [goals_of(family, HELDOUT_GOALS) for family in FAMILIES]
-CELL_CHOICES = (
-    0,
-    len(FAMILIES),
-    len(FAMILIES) + 1,
-)  # by the name, the colour, the kind of what is seen
+# Those that a single cell is to be told by: the names, colours and kinds of "find"
+CELL_CHOICES = [0, len(FAMILIES), len(FAMILIES) + 1]
 
 
 def caption(meaning: Meaning | None, rng: np.random.Generator) -> str:

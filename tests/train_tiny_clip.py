@@ -727,12 +727,10 @@ def main(args: Args) -> None:
         home_frames, home_truths, shares = run_jobs(pool, new_homes, home_jobs)
         print(f"{len(home_frames)} states of homes after {time.time() - start:.0f} s")
         near = closeups(torch.from_numpy(shares))
-        # Of the roots: a toy's share of a cell is mostly small, or nothing
+        roots = np.sqrt(shares)  # a toy's share of a cell is mostly small, or nothing
         over = {"axis": (0, 2, 3), "keepdims": True}
-        share_center, share_spread = (
-            np.sqrt(shares).mean(**over)[0],
-            np.sqrt(shares).std(**over)[0] + 1e-3,
-        )
+        share_center, share_spread = roots.mean(**over)[0], roots.std(**over)[0] + 1e-3
+        del roots
         # Of which something can be said, by relation
         told = [np.flatnonzero(truth.any((1, 2))) for truth in np.moveaxis(home_truths > 0.5, 1, 0)]
         told = [index for index in [told[0], told[0], *told] if len(index)]  # find is the hardest
