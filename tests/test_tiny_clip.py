@@ -1,5 +1,6 @@
 """The bundled CLIP: what it promises, and that its captions keep the held-out sentences out."""
 
+import json
 import re
 import warnings
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 import train_tiny_clip
 from clip_accuracy import Generator, auc
 from clip_reward import CLIPReward
+import open_clip
 import torch
 import home_states
 from home_states import CELLS, CHOICES, COLOURS, HELDOUT_TOYS, KINDS, RELATIONS, UNNAMED, HomeStudio
@@ -126,6 +128,20 @@ def test_training_makes_a_clip_that_loads(tmp_path, capsys):
         assert reward.preprocessing["size"] in (72, (72, 72))
         assert {"kneeling", "ball"} <= reward.vocabulary
     assert re.search(r"\d+ of \d+ parts of it are those of", capsys.readouterr().out)
+
+
+def test_a_deeper_resnet_starts_as_the_one_that_it_goes_on_from():
+    config = json.loads((FOLDER / "open_clip_config.json").read_text())["model_cfg"]
+    known = open_clip.create_model(f"local-dir:{FOLDER}").eval()
+    frames = torch.randn(2, 3, 144, 144, generator=torch.Generator().manual_seed(0))
+    embedding = known.encode_image(frames)
+    config["vision_cfg"]["layers"] = [n + 1 for n in config["vision_cfg"]["layers"]]
+    deeper = open_clip.CLIP(**config).eval()
+    assert (deeper.encode_image(frames) - embedding).abs().max() > 0.1
+    assert train_tiny_clip.start_from(FOLDER, deeper) is None
+    torch.testing.assert_close(deeper.encode_image(frames), embedding)
+    config["vision_cfg"]["width"] = 8
+    assert train_tiny_clip.start_from(FOLDER, open_clip.CLIP(**config)) is not None
 
 
 def test_cells_say_where_toys_are():

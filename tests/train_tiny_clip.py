@@ -48,8 +48,9 @@ class Args:
     output: Path = HERE / "tiny_clip"
     """folder to write, in open_clip's own format"""
     start: Path | None = None
-    """folder of a CLIP to train further, instead of a new one; an image tower that differs from its
-    own starts anew, and imitates it at first where it sees the humanoid"""
+    """folder of a CLIP to train further, instead of a new one; a resnet may have more blocks, which
+    begin as the identity; any other image tower starts anew, and imitates its own at first where it
+    sees the humanoid"""
     minutes: float = 42.0
     """length of the training itself, after the rendering; the learning rate decays to its end"""
     states: int = 90_000
@@ -700,6 +701,20 @@ def overrated_states(
     return States(*map(np.concatenate, zip(*visited, strict=True)))
 
 
+def start_from(folder: Path, model: torch.nn.Module) -> torch.nn.Module | None:
+    """Give the model whatever fits it of the CLIP in the folder; which is a teacher if not all did.
+
+    Blocks that a deeper resnet adds are the identity: open_clip starts their last norm at 0.
+    """
+    known, weights = load_file(folder / "open_clip_model.safetensors"), model.state_dict()
+    fits = {k: w for k, w in known.items() if k in weights and w.shape == weights[k].shape}
+    model.load_state_dict(weights | fits)
+    print(f"{len(fits)} of {len(weights)} parts of it are those of {folder}")
+    if len(fits) == len(known):
+        return None
+    return open_clip.create_model(f"local-dir:{folder}").eval()
+
+
 def main(args: Args) -> None:
     if args.homes and args.resolution % home_states.CELLS:
         sys.exit(f"--resolution {args.resolution}: with --homes take a multiple of 9, as 144")
@@ -758,15 +773,7 @@ def main(args: Args) -> None:
     tokenizer = open_clip.SimpleTokenizer(context_length=32)
     with torch.no_grad():
         model.logit_scale.fill_(math.log(10))
-    teacher = None
-    if args.start is not None:
-        known = load_file(args.start / "open_clip_model.safetensors")
-        weights = model.state_dict()
-        fits = {k: w for k, w in known.items() if k in weights and w.shape == weights[k].shape}
-        model.load_state_dict(weights | fits)
-        print(f"{len(fits)} of {len(weights)} parts of it are those of {args.start}")
-        if len(fits) < len(weights):
-            teacher = open_clip.create_model(f"local-dir:{args.start}").eval()
+    teacher = start_from(args.start, model) if args.start is not None else None
     bias = torch.nn.Parameter(torch.tensor(-4.0))
     # Besides the captions' losses, heads that are not kept read from the features before the
     # embedding where the body's points are, and from the map before that, where a home's toys are.
