@@ -17,11 +17,12 @@ import json
 import multiprocessing
 import shlex
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 from dqn_clip_playhouse import (  # first: it tells MuJoCo how to render
     ACTIONS,
@@ -31,6 +32,7 @@ from dqn_clip_playhouse import (  # first: it tells MuJoCo how to render
     HELDOUT_GOALS,
     MAX_STEPS,
     TRAIN_GOALS,
+    Goal,
     NoRoom,
     PlayhouseEnv,
     family_scores,
@@ -38,6 +40,7 @@ from dqn_clip_playhouse import (  # first: it tells MuJoCo how to render
 )
 
 import numpy as np
+import torch
 import tyro
 from clip_reward import CLIPReward, goal_baseline_reward
 
@@ -130,20 +133,30 @@ def measure(score: np.ndarray, reached: np.ndarray, in_view: np.ndarray) -> dict
     return result
 
 
+def verb(goal: Goal) -> str:
+    """The goal as a command, instead of the state that a frame shows."""
+    name = f"a {goal.colour} {goal.kind}"
+    if goal.family == "place":
+        return f"put {goal.prompt}"
+    return {"find": "find ", "lift": "lift "}[goal.family] + name
+
+
 def table(result: dict) -> str:
+    columns = [*(f"alpha = {a:g}" for a in ALPHAS), "as a verb, alpha = 0"]
     lines = [
         f"# `{result['model']}` as a success detector",
         "",
         f"{result['frames']} frames of {result['homes']} homes; temperature "
         f"{result['temperature']:g}. Average precision, and among the goals whose toy is in view:",
         "",
-        "| goals | family | true pairs | " + " | ".join(f"alpha = {a:g}" for a in ALPHAS) + " |",
-        "|---" * (len(ALPHAS) + 3) + "|",
+        "| goals | family | true pairs | " + " | ".join(columns) + " |",
+        "|---" * (len(columns) + 3) + "|",
     ]
     first = f"{ALPHAS[0]:g}"
     for split, families in result["alphas"][first].items():
         for family, numbers in families.items():
             cells = [result["alphas"][f"{a:g}"][split][family] for a in ALPHAS]
+            cells.append(result["verbs"][split][family])
             cells = [
                 f"{c['average_precision']:.3f} / {c['average_precision_in_view']:.3f}"
                 for c in cells
@@ -176,11 +189,12 @@ def main(args: Args) -> None:
     frames, reached, in_view = map(np.concatenate, zip(*walks, strict=True))
     s = clip.encode_frames(frames)  # [M, D]
     temperature = args.temperature or clip.temperature
-    alphas = {}
-    for alpha in ALPHAS:
-        rewards = goal_baseline_reward(s, clip.goal, clip.baseline, alpha)
+
+    def measured(goals: torch.Tensor, alpha: float) -> dict:
+        """By split and family, with the embeddings [240, D] of the goals."""
+        rewards = goal_baseline_reward(s, goals, clip.baseline, alpha)
         scores = family_scores(rewards, temperature).cpu().numpy()
-        alphas[f"{alpha:g}"] = {
+        return {
             split: {
                 family: measure(*(x[:, COLUMNS[split][family]].ravel()
                                   for x in (scores, reached, in_view)))
@@ -188,14 +202,21 @@ def main(args: Args) -> None:
             }
             for split in COLUMNS
         }  # fmt: skip
+
+    with warnings.catch_warnings():  # of words that the bundled CLIP was never taught
+        warnings.simplefilter("ignore")
+        verbs = clip.encode_text([verb(goal) for goal in GOALS])
+    command = shlex.join(["python", "tests/home_accuracy.py", *sys.argv[1:]])
     result = {
         "model": args.clip_model.removeprefix(f"{HERE.parent}/"),
-        "command": shlex.join(["python", "tests/home_accuracy.py", *sys.argv[1:]]),
+        "image_parameters": sum(p.numel() for p in clip.clip.visual.parameters()),
+        "command": command.replace(f"{HERE.parent}/", ""),
         "homes": args.homes,
         "frames": len(frames),
         "seed": args.seed,
         "temperature": temperature,
-        "alphas": alphas,
+        "alphas": {f"{alpha:g}": measured(clip.goal, alpha) for alpha in ALPHAS},
+        "verbs": measured(verbs, 0.0),
     }
     result = json.loads(json.dumps(result), parse_float=lambda x: round(float(x), 4))
     args.output.parent.mkdir(parents=True, exist_ok=True)

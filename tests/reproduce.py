@@ -6,7 +6,8 @@
 
 A result is a small JSON file in `tests/results/`; what it has is not run again, and of several
 seeds those are run that it lacks. Runs go to `runs/reproduce/`, and one that was interrupted is
-resumed.
+resumed. The CLIPs that some experiments are about are trained first, each in one go, and kept in
+`runs/reproduce/clips/`.
 """
 
 # ruff: noqa: E402, I001
@@ -40,6 +41,20 @@ def pose(task: str, seeds: int = 1) -> Experiment:
 
 
 SAC, DQN = "python sac_clip_humanoid.py", "python dqn_clip_playhouse.py"
+RUNS = "runs/reproduce"
+# What `tests/train_tiny_clip.py` makes of these flags (it takes a C++ compiler): sizes of the image
+# tower, trained alike, and the default one on other looks of the humanoid.
+ALIKE = "--states 40000 --steps 3000 --searches 3 --compile"
+CLIPS = {f"w{width}": f"--width {width} {ALIKE}" for width in (4, 8, 12, 16)}
+CLIPS |= {"plain": f"--no-textured {ALIKE}", "track": f"--camera track {ALIKE}"}
+LOOKS = {"default": "", "plain": " --no-textured", "track": " --camera track"}
+
+
+def accuracy(clip: str, look: str = "default", hours: float = 0.1) -> Experiment:
+    command = f"python tests/clip_accuracy.py --clip-model {RUNS}/clips/{clip}{LOOKS[look]}"
+    return Experiment(f"the CLIP {clip} as a reward, on the {look} look", command, hours)
+
+
 EXPERIMENTS = {
     "benchmark": Experiment(
         "speed of each stage and of the loop", "python tests/benchmark.py --json", 0.02
@@ -67,7 +82,29 @@ EXPERIMENTS = {
     "alpha_half": Experiment(
         "kneeling with half of the regularisation", f"{SAC} --alpha 0.5", 0.7, 1
     ),
-    "untextured": Experiment("kneeling with the plain body", f"{SAC} --no-textured", 0.7, 1),
+    # Hours with those of the CLIP's own training, as estimated
+    "scaling_w4": accuracy("w4", hours=0.5),
+    "scaling_w8": accuracy("w8", hours=0.7),
+    "scaling_w12": accuracy("w12", hours=1.0),
+    "scaling_w16": accuracy("w16", hours=1.3),
+    **{
+        f"kneeling_w{width}": Experiment(
+            f"kneeling, from the CLIP w{width}", f"{SAC} --clip-model {RUNS}/clips/w{width}", 1.4, 2
+        )
+        for width in (4, 8, 16)
+    },
+    **{
+        f"looks_{clip}_{look}": accuracy(clip, look, hours)
+        for clip, its_hours in (("w16", 0.1), ("plain", 1.3), ("track", 1.3))
+        for look, hours in zip(LOOKS, (its_hours, 0.1, 0.1), strict=True)
+        if (clip, look) != ("w16", "default")  # which is scaling_w16
+    },
+    "untextured": Experiment(
+        "kneeling with the plain body, from a CLIP that knows it",
+        f"{SAC} --no-textured --clip-model {RUNS}/clips/plain",
+        0.7,
+        1,
+    ),
     "running": Experiment(
         "SAC alone, on gymnasium's running reward",
         f"{SAC} --reward env --reward-scale 1 --batch-size 256 --total-timesteps 150000 "
@@ -99,6 +136,21 @@ class Args:
     """where agents are trained"""
 
 
+def command_line(command: str, runs: Path) -> list[str | Path]:
+    """What to start for a command; the CLIPs that it names are trained first."""
+    _, script, *words = shlex.split(command)
+    for i, word in enumerate(words):
+        if word.startswith(f"{RUNS}/clips/"):
+            folder = runs.resolve() / "clips" / Path(word).name
+            words[i] = str(folder)
+            if not folder.exists():
+                part = folder.with_suffix(".part")
+                line = [HERE / "train_tiny_clip.py", *shlex.split(CLIPS[folder.name])]
+                subprocess.run([sys.executable, *line, "--output", part], check=True)
+                part.rename(folder)
+    return [sys.executable, HERE.parent / script, *words]
+
+
 def summary(run: Path, command: str) -> dict:
     """What is kept of a finished run: its report, and its evaluations over training."""
     logged = {k: v for k, v in scalars(run).items() if k.startswith("eval/")}
@@ -117,16 +169,16 @@ def summary(run: Path, command: str) -> dict:
     }
 
 
-def train(command: str, folder: Path) -> dict:
+def train(command: str, folder: Path, runs: Path) -> dict:
     """Start the run in the folder, or go on with the one that is there, and summarise it."""
     folder.mkdir(parents=True, exist_ok=True)
     checkpoints = sorted(folder.glob("runs/*/last.pt"))
     reports = sorted(folder.glob("runs/*/report.json"))
     if not reports:
-        _, script, *flags = shlex.split(command)
+        line = command_line(command, runs)
         if checkpoints:
-            flags = ["--resume", str(checkpoints[-1].parent)]
-        subprocess.run([sys.executable, HERE.parent / script, *flags], cwd=folder, check=True)
+            line[2:] = "--resume", str(checkpoints[-1].parent)
+        subprocess.run(line, cwd=folder, check=True)
         reports = sorted(folder.glob("runs/*/report.json"))
     return summary(reports[-1].parent, command)
 
@@ -148,17 +200,16 @@ def train_seeds(name: str, path: Path, runs: Path) -> None:
     for seed in missing(experiment, path):
         # One of other flags than today's gives way.
         own = [run for run in result["runs"] if run["command"].startswith(f"{command} --seed ")]
-        own.append(train(f"{command} --seed {seed}", runs / name / str(seed)))
+        own.append(train(f"{command} --seed {seed}", runs / name / str(seed), runs))
         result["runs"] = sorted(own, key=lambda run: int(run["command"].split()[-1]))
         path.write_text(dump(result))
 
 
-def measure(name: str, path: Path) -> None:
+def measure(name: str, path: Path, runs: Path) -> None:
     """Run a program that writes its file itself, or prints its numbers as the last line."""
     what, command, *_ = EXPERIMENTS[name]
-    _, *arguments = shlex.split(command)
-    line = [sys.executable, *arguments]
-    if "--json" not in arguments:
+    line = command_line(command, runs)
+    if "--json" not in line:
         subprocess.run([*line, "--output", path], cwd=HERE.parent, check=True)
         return
     output = subprocess.run(line, cwd=HERE.parent, check=True, capture_output=True, text=True)
@@ -185,7 +236,9 @@ def main(args: Args) -> None:
             state = "not run" if lacks else "there"
             if 0 < len(lacks) < seeds:
                 state = f"{seeds - len(lacks)} of {seeds}"
-            print(f"{name:16} {state:8} {hours:5.2f} h  {what}\n{'':34}{command}")
+            print(f"{name:20} {state:8} {hours:5.2f} h  {what}\n{'':38}{command}")
+        for name, flags in CLIPS.items():
+            print(f"{RUNS}/clips/{name}\n{'':38}python tests/train_tiny_clip.py {flags}")
         return
     for name in EXPERIMENTS if args.all else args.names:
         path = args.results / f"{name}.json"
@@ -195,7 +248,7 @@ def main(args: Args) -> None:
         if EXPERIMENTS[name].seeds:
             train_seeds(name, path, args.runs)
         else:
-            measure(name, path)
+            measure(name, path, args.runs)
         print(f"{name}: {path}")
 
 

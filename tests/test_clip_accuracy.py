@@ -70,5 +70,8 @@ def test_report_and_sheet(tmp_path, random_clip):
     result = json.loads((tmp_path / "accuracy.json").read_text())
     assert result["states"] == 300 and result["tasks"].keys() == clip_accuracy.TASKS.keys()
     assert all(0 <= result["mean"][alpha]["auc"] <= 1 for alpha in ("0", "0.25", "0.5", "1"))
+    assert len(result["paraphrases"]) == len(result["verbs"]) == 16
+    assert {p["task"] for p in result["verbs"].values()} == clip_accuracy.TASKS.keys()
+    assert "| stand on one leg |" in (tmp_path / "accuracy.md").read_text()
     assert "| one_leg |" in (tmp_path / "accuracy.md").read_text()
     assert (tmp_path / "mistakes.png").stat().st_size > 1000

@@ -45,4 +45,9 @@ def test_walks_in_homes_are_measured(tmp_path, random_clip):
             assert families[family]["pairs"] % (goals * result["frames"]) == 0
     train = result["alphas"]["0"]["train"]
     assert all(numbers["true"] > 0 for numbers in train.values())  # the solver reaches all three
+    verbs = result["verbs"]["train"]
+    assert verbs.keys() == train.keys() and verbs["find"] != train["find"]
+    verbs = {home_accuracy.verb(goal) for goal in home_accuracy.GOALS}
+    assert {"find a red ball", "lift a red ball", "put a red ball on the bed"} <= verbs
+    assert len(verbs) == len(home_accuracy.GOALS)
     assert "| train | place |" in args.output.with_suffix(".md").read_text()

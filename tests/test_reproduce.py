@@ -3,9 +3,18 @@
 import json
 import re
 import shlex
+import sys
+from pathlib import Path
 
 import pytest
 import reproduce
+import sac_clip_humanoid
+import dqn_clip_playhouse
+import benchmark
+import clip_accuracy
+import home_accuracy
+import train_tiny_clip
+import tyro
 from test_sac_clip_humanoid import SMALL
 from whole_runs import kill_after_a_checkpoint
 
@@ -58,7 +67,7 @@ def test_seeds_that_a_result_lacks_are_added_one_by_one(tmp_path, monkeypatch, c
     assert re.search(r"dice +1 of 3 ", capsys.readouterr().out)
     trained = []
 
-    def train(command, folder):
+    def train(command, folder, runs):
         trained.append((command, folder))
         if len(trained) == 2:
             raise KeyboardInterrupt
@@ -72,6 +81,43 @@ def test_seeds_that_a_result_lacks_are_added_one_by_one(tmp_path, monkeypatch, c
     ]
     runs = json.loads(path.read_text())["runs"]
     assert [run["command"] for run in runs] == [f"python dice.py --seed {seed}" for seed in (1, 2)]
+
+
+def test_a_clip_that_an_experiment_names_is_trained_once(tmp_path, monkeypatch):
+    """A killed training does not pass for a whole one."""
+    started = []
+
+    def run(line, **options):
+        started.append([str(word) for word in line[1:]])
+        folder = Path(started[-1][-1])
+        folder.mkdir(exist_ok=True)
+        if len(started) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(reproduce.subprocess, "run", run)
+    (tmp_path / "clips").mkdir()
+    command = reproduce.EXPERIMENTS["kneeling_w4"].command
+    with pytest.raises(KeyboardInterrupt):
+        reproduce.command_line(command, tmp_path)
+    for _ in range(2):
+        line = reproduce.command_line(f"{command} --seed 2", tmp_path)
+        script = reproduce.HERE.parent / "sac_clip_humanoid.py"
+        clip = str(tmp_path / "clips" / "w4")
+        assert line == [sys.executable, script, "--clip-model", clip, "--seed", "2"]
+    assert [path.name for path in (tmp_path / "clips").iterdir()] == ["w4"]
+    trainer, *flags = shlex.split(reproduce.CLIPS["w4"])
+    line = [str(reproduce.HERE / "train_tiny_clip.py"), trainer, *flags]
+    assert started == [[*line, "--output", str(tmp_path / "clips" / "w4.part")]] * 2
+
+
+def test_every_command_is_one_that_its_program_takes():
+    modules = sac_clip_humanoid, dqn_clip_playhouse, clip_accuracy, home_accuracy, benchmark
+    programs = {module.__name__: module for module in modules}
+    for experiment in reproduce.EXPERIMENTS.values():
+        _, script, *words = shlex.split(experiment.command)
+        tyro.cli(programs[Path(script).stem].Args, args=words)
+    for flags in reproduce.CLIPS.values():
+        tyro.cli(train_tiny_clip.Args, args=shlex.split(flags))
 
 
 def test_the_list_names_every_experiment(capsys):

@@ -119,7 +119,7 @@ def test_training_makes_a_clip_that_loads(tmp_path, capsys):
     vit = {"start": tmp_path / "resnet", "width": 64, "layers": (1,), "patch": 16}
     for tower, flags in (("resnet", {"width": 8}), ("vit", vit)):
         args = train_tiny_clip.Args(
-            output=tmp_path / tower, tower=tower, minutes=0.05, **flags, **few
+            output=tmp_path / tower, tower=tower, steps=4, **flags, **few
         )
         train_tiny_clip.main(args)
         reward = CLIPReward(str(args.output), ["a humanoid robot kneeling", "a red ball"], "a room")

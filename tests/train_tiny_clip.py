@@ -53,6 +53,8 @@ class Args:
     sees the humanoid"""
     minutes: float = 42.0
     """length of the training itself, after the rendering; the learning rate decays to its end"""
+    steps: int | None = None
+    """its length in steps instead, so that it is the same on every machine"""
     states: int = 90_000
     """rendered states of the humanoid"""
     homes: int = 0
@@ -912,7 +914,11 @@ def main(args: Args) -> None:
     encode_image = torch.compile(model.encode_image) if args.compile else model.encode_image
     true_of, start, step, searches = true_states(), time.time(), 0, 0
     words = set((args.start / "vocabulary.txt").read_text().split()) if args.start else set()
-    while (progress := (time.time() - start) / (60 * args.minutes)) < 1:
+
+    def progress_by_now() -> float:
+        return step / args.steps if args.steps else (time.time() - start) / (60 * args.minutes)
+
+    while (progress := progress_by_now()) < 1:
         rate = min(1, (step + 1) / 200) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
         for group in optimizer.param_groups:
             group["lr"] = args.learning_rate * rate
