@@ -25,6 +25,7 @@ PAPER = {
     "kneeling": 100, "lotus": 100, "standing": 100, "arms_raised": 100, "splits": 100,
     "hands_on_hips": 64, "arms_crossed": 0, "one_leg": 0,
 }  # fmt: skip
+LOOKS = ("default", "plain", "track")  # of the humanoid in the frames
 FAMILIES = {"find": "tab:blue", "lift": "tab:orange", "place": "tab:green"}
 
 
@@ -161,13 +162,56 @@ def epic(load: Callable[[str], dict]) -> plt.Figure:
     return figure
 
 
+def scaling(load: Callable[[str], dict]) -> plt.Figure:
+    """Does a larger CLIP give a better reward, and a better reward a better agent?"""
+    results = {width: load(f"w{width}_on_default") for width in (4, 8, 12, 16)}
+    parameters = {width: result["image_parameters"] for width, result in results.items()}
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.5))
+    for axis, measure, name in zip(axes, ("auc", "epic"), ("AUC", "EPIC distance"), strict=False):
+        for alpha in results[16]["mean"]:
+            y = [result["mean"][alpha][measure] for result in results.values()]
+            axis.plot(parameters.values(), y, "o-", ms=3, label=f"alpha = {alpha}")
+        axis.set_ylabel(f"{name}, mean of eight tasks")
+    axes[0].legend(fontsize="small")
+    trained = {width: load(f"kneeling_w{width}")["runs"] for width in (4, 8, 16)}
+    for agent in ("best", "last"):
+        rates = {
+            width: [100 * run["report"][agent]["success_rate"] for run in runs]
+            for width, runs in trained.items()
+        }
+        x = [parameters[width] for width in rates]
+        (line,) = axes[2].plot(x, [np.mean(each) for each in rates.values()], "-", label=agent)
+        for width, each in rates.items():  # each seed
+            axes[2].plot([parameters[width]] * len(each), each, "o", ms=4, color=line.get_color())
+    axes[2].set(ylabel="success rate of kneeling / %", ylim=(-3, 103))
+    axes[2].legend()
+    for axis in axes:
+        axis.set(xscale="log", xlabel="parameters of the image tower")
+        axis.grid(alpha=0.3)
+    return figure
+
+
+def looks(load: Callable[[str], dict]) -> plt.Figure:
+    """AUC of CLIPs trained on one look of the humanoid and tested on another."""
+    results = [[load(f"{clip}_on_{look}") for look in LOOKS] for clip in ("w16", *LOOKS[1:])]
+    mean = np.array([[result["mean"]["0"]["auc"] for result in row] for row in results])
+    figure, axis = plt.subplots(figsize=(4.5, 3.5))
+    axis.imshow(mean, vmin=0.5, vmax=1, cmap="viridis")
+    for (row, column), value in np.ndenumerate(mean):
+        axis.text(column, row, f"{value:.3f}", ha="center", va="center", color="white")
+    axis.set_xticks(range(3), LOOKS)
+    axis.set_yticks(range(3), LOOKS)
+    axis.set(xlabel="tested on", ylabel="trained on")
+    return figure
+
+
 def animation(video: Path, path: Path) -> None:
     """Every fourth frame of a script's video, at half its size and at half speed."""
     frames = [frame[::2, ::2] for frame in imageio.mimread(video, memtest=False)[::4]]
     imageio.mimwrite(path, frames, duration=120, loop=0)  # of 4 steps of 0.015 s, in ms
 
 
-FIGURES = [kneeling, poses, learning, playhouse, precision_recall, epic]
+FIGURES = [kneeling, poses, learning, playhouse, precision_recall, epic, scaling, looks]
 
 
 def main(args: Args) -> None:

@@ -50,7 +50,7 @@ CLIPS |= {"plain": f"--no-textured {ALIKE}", "track": f"--camera track {ALIKE}"}
 LOOKS = {"default": "", "plain": " --no-textured", "track": " --camera track"}
 
 
-def accuracy(clip: str, look: str = "default", hours: float = 0.1) -> Experiment:
+def accuracy(clip: str, look: str, hours: float = 0.1) -> Experiment:
     command = f"python tests/clip_accuracy.py --clip-model {RUNS}/clips/{clip}{LOOKS[look]}"
     return Experiment(f"the CLIP {clip} as a reward, on the {look} look", command, hours)
 
@@ -82,22 +82,21 @@ EXPERIMENTS = {
     "alpha_half": Experiment(
         "kneeling with half of the regularisation", f"{SAC} --alpha 0.5", 0.7, 1
     ),
-    # Hours with those of the CLIP's own training, as estimated
-    "scaling_w4": accuracy("w4", hours=0.5),
-    "scaling_w8": accuracy("w8", hours=0.7),
-    "scaling_w12": accuracy("w12", hours=1.0),
-    "scaling_w16": accuracy("w16", hours=1.3),
+    # The hours of the first of each CLIP are with those of its training, as estimated.
+    **{
+        f"{clip}_on_default": accuracy(clip, "default", hours)
+        for clip, hours in zip(CLIPS, (0.5, 0.7, 1.0, 1.3, 1.3, 1.3), strict=True)
+    },
+    **{
+        f"{clip}_on_{look}": accuracy(clip, look)
+        for clip in ("w16", "plain", "track")
+        for look in ("plain", "track")
+    },
     **{
         f"kneeling_w{width}": Experiment(
             f"kneeling, from the CLIP w{width}", f"{SAC} --clip-model {RUNS}/clips/w{width}", 1.4, 2
         )
         for width in (4, 8, 16)
-    },
-    **{
-        f"looks_{clip}_{look}": accuracy(clip, look, hours)
-        for clip, its_hours in (("w16", 0.1), ("plain", 1.3), ("track", 1.3))
-        for look, hours in zip(LOOKS, (its_hours, 0.1, 0.1), strict=True)
-        if (clip, look) != ("w16", "default")  # which is scaling_w16
     },
     "untextured": Experiment(
         "kneeling with the plain body, from a CLIP that knows it",

@@ -1,5 +1,6 @@
 """The figures, drawn from small made-up results."""
 
+import itertools
 import json
 
 import imageio
@@ -13,7 +14,7 @@ def run(success: float) -> dict:
     values = {name: [0.1, success] for name in ("success_rate", "clip_return", *JUDGES)}
     return {
         "minutes": 50.0,
-        "report": {"best": {"success_rate": success}},
+        "report": {"best": {"success_rate": success}, "last": {"success_rate": success / 2}},
         "curve": {"step": [16000, 32000], **values},
     }
 
@@ -25,7 +26,7 @@ def test_figures_are_drawn_from_what_is_there(tmp_path, capsys):
     args = plot_results.Args(tmp_path, runs=tmp_path)
     plot_results.main(args)
     assert not list(tmp_path.glob("*.png"))
-    assert capsys.readouterr().out.count("first python tests/reproduce.py") == 6
+    assert capsys.readouterr().out.count("first python tests/reproduce.py") == 8
 
     write("playhouse", {"runs": [run(0.5), run(0.9)]})
     for task in plot_results.PAPER:
@@ -33,6 +34,13 @@ def test_figures_are_drawn_from_what_is_there(tmp_path, capsys):
     alphas = {alpha: {"auc": 0.9, "epic": 0.2} for alpha in ("0", "0.5")}
     tasks = dict.fromkeys(plot_results.PAPER, alphas)
     write("clip_accuracy", {"tasks": tasks, "mean": alphas})
+    for width in (4, 8, 12, 16):
+        write(f"w{width}_on_default", {"image_parameters": 1000 * width**2, "mean": alphas})
+        write(f"kneeling_w{width}", {"runs": [run(width / 20), run(1.0)]})
+    for clip, look in itertools.product(("w16", "plain", "track"), ("plain", "track")):
+        write(f"{clip}_on_{look}", {"mean": alphas})
+    for clip in ("plain", "track"):
+        write(f"{clip}_on_default", {"mean": alphas})
     over_beta = {
         "0.5": {"precision": 0.9, "recall_in_view": 0.8},
         "0.9": {"precision": None, "recall_in_view": 0.0},

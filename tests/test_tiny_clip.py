@@ -118,9 +118,7 @@ def test_training_makes_a_clip_that_loads(tmp_path, capsys):
     few = {"states": 300, "homes": 100, "searches": 0, "batch_size": 12, "resolution": 72}
     vit = {"start": tmp_path / "resnet", "width": 64, "layers": (1,), "patch": 16}
     for tower, flags in (("resnet", {"width": 8}), ("vit", vit)):
-        args = train_tiny_clip.Args(
-            output=tmp_path / tower, tower=tower, steps=4, **flags, **few
-        )
+        args = train_tiny_clip.Args(output=tmp_path / tower, tower=tower, steps=4, **flags, **few)
         train_tiny_clip.main(args)
         reward = CLIPReward(str(args.output), ["a humanoid robot kneeling", "a red ball"], "a room")
         frames = np.random.default_rng(0).integers(256, size=(2, 64, 64, 3), dtype=np.uint8)
