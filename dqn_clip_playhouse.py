@@ -130,7 +130,7 @@ class Args:
     """folder, ARCH/TAG or ARCH/FILE of open_clip, or hf-hub:ID"""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """of CLIP; auto is bf16 on CUDA (older than Ampere: take fp32), or a CPU with AMX"""
-    compile: bool = False  # torch.compile CLIP's image tower
+    compile: bool = False  # torch.compile CLIP's image tower and the updates (on CUDA: CUDA graphs)
     score_every: int = 4
     """steps of all environments that make one block: episodes end only after it, and where the
     policy sees pixels, its frames are one CLIP batch"""
@@ -1636,6 +1636,24 @@ def main() -> None:
         seconds[stage] += time.time() - clock
         clock = time.time()
 
+    def update(s_t, a_t, r_t, s_next, n, e) -> dict[str, torch.Tensor]:
+        """One gradient step on a batch, with the goals' embeddings e [B, C]; returns the losses."""
+        with torch.no_grad():
+            q_next = target(*s_next, e)  # [B, 9]
+            p_next = probabilities(q_network(*s_next, e) if args.double_q else q_next)
+            v_next = (p_next * q_next).sum(-1).clamp(0, 1)  # as a return is
+            y = args.gamma ** (n - 1) * torch.where(r_t == 1, 1, args.gamma * v_next)
+        q = q_network(*s_t, e).gather(1, a_t[:, None])[:, 0]
+        td_loss = F.huber_loss(q, y)
+        optimizer.zero_grad()
+        td_loss.backward()
+        average(*(weight.grad for weight in q_network.parameters()))
+        optimizer.step()
+        return {"td_loss": td_loss, "q_values": q.mean()}
+
+    if args.compile:
+        update = torch.compile(update, mode="reduce-overhead" if device == "cuda" else None)
+
     def updates_by(step: int) -> int:
         return math.floor(step * args.updates_per_step)
 
@@ -1648,7 +1666,7 @@ def main() -> None:
     exploring, wander = torch.zeros_like(starts), torch.zeros_like(starts, dtype=torch.int64)
     age = np.zeros(args.num_envs, np.int64)  # steps of the running episodes
     pending = []  # steps of the running block
-    loss, episodes = None, defaultdict(list)  # the latest, and those since the last log
+    losses, episodes = {}, defaultdict(list)  # of the last update; since the last log
     seconds = dict.fromkeys(("act", "update", "env", "clip", "evaluate", "checkpoint"), 0.0)
     started = clock = time.time()
     first_step, stride = step, args.num_envs * WORLD_SIZE  # env steps per vector step of all ranks
@@ -1679,18 +1697,7 @@ def main() -> None:
             s_t, a_t, r_t, s_next, n, g = replay.sample(
                 args.batch_size, beta, args.relabel_fraction, args.n_step, generator
             )
-            e = text[g] @ projection  # [B, C]
-            with torch.no_grad():
-                q_next = target(*s_next, e)  # [B, 9]
-                p_next = probabilities(q_network(*s_next, e) if args.double_q else q_next)
-                v_next = (p_next * q_next).sum(-1).clamp(0, 1)  # as a return is
-                y = args.gamma ** (n - 1) * torch.where(r_t == 1, 1, args.gamma * v_next)
-            q = q_network(*s_t, e).gather(1, a_t[:, None])[:, 0]
-            loss = F.huber_loss(q, y)
-            optimizer.zero_grad()
-            loss.backward()
-            average(*(weight.grad for weight in q_network.parameters()))
-            optimizer.step()
+            losses = update(s_t, a_t, r_t, s_next, n, text[g] @ projection)
             updates += 1
             if updates % args.target_every == 0:
                 target.load_state_dict(q_network.state_dict())
@@ -1763,12 +1770,10 @@ def main() -> None:
                 save_checkpoint("best.pt", ranks=[])
             lap("evaluate")
         if saves or step // boundary % 50 == 0:
-            if loss is not None:
-                stop_if_nan("the loss", [loss])
+            stop_if_nan("a loss", losses.values())
             if RANK == 0:
-                scalars = {name: np.mean(values) for name, values in episodes.items() if values}
-                if loss is not None:
-                    scalars |= {"losses/td_loss": loss.item(), "losses/q_values": q.mean().item()}
+                scalars = {f"losses/{name}": value.item() for name, value in losses.items()}
+                scalars |= {name: np.mean(values) for name, values in episodes.items() if values}
                 scalars |= {f"time/{k}": v / (step - first_step) for k, v in seconds.items()}
                 scalars |= {"charts/epsilon": epsilon}
                 scalars["charts/SPS"] = (step - first_step) / (time.time() - started)

@@ -137,7 +137,7 @@ class Args:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """of CLIP; bf16 lets the networks multiply below float32 too (TF32 on CUDA, bf16 on a CPU);
     auto is bf16 on CUDA (older than Ampere: take fp32) and on a CPU with AMX"""
-    compile: bool = False  # torch.compile CLIP's image tower
+    compile: bool = False  # torch.compile CLIP's image tower and the updates (on CUDA: CUDA graphs)
     score_every: int = 8  # frames of every environment that make one CLIP batch
 
     # ---- Algorithm
@@ -820,10 +820,9 @@ class Actor(nn.Module):
         mean, log_std = self.head(self.trunk(s)).chunk(2, -1)
         return mean, -5 + 3.5 * (torch.tanh(log_std) + 1)  # log_std in [-5, 2]
 
-    def sample(self, s: torch.Tensor, generator: torch.Generator):
-        """a [B, A] and log pi(a | s) [B]."""
+    def sample(self, s: torch.Tensor, noise: torch.Tensor):
+        """a [B, A] and log pi(a | s) [B], from standard normal noise [B, A]."""
         mean, log_std = self(s)
-        noise = torch.randn(mean.shape, generator=generator, device=mean.device)
         u = mean + log_std.exp() * noise
         log_normal = -0.5 * noise**2 - log_std - 0.5 * math.log(2 * math.pi)
         # log(1 - tanh(u)^2), in a form that neither overflows nor cancels
@@ -1042,11 +1041,11 @@ def main() -> None:
     learns_ent_coef = args.ent_coef is None
     log_ent_coef = torch.tensor(math.log(ent_coef), device=device, requires_grad=learns_ent_coef)
     target_entropy = -float(act_dim)
-    adam = {"lr": args.learning_rate, "fused": True}
-    critic_optimizer = torch.optim.Adam(critic.parameters(), **adam)
+    learning_rate = torch.tensor(args.learning_rate, device=device)  # else compiled in
+    critic_optimizer = torch.optim.Adam(critic.parameters(), learning_rate, fused=True)
     # SAC's temperature too: its loss and the actor's share no gradient, so one pass serves both.
     actor_weights = [*actor.parameters()] + [log_ent_coef] * learns_ent_coef
-    actor_optimizer = torch.optim.Adam(actor_weights, **adam)
+    actor_optimizer = torch.optim.Adam(actor_weights, learning_rate, fused=True)
     generator = torch.Generator(device).manual_seed(reset_seed(args.seed, NOISE, RANK))
     learned = {
         "normaliser": normaliser, "actor": actor, "agent": agent, "critic": critic,
@@ -1125,6 +1124,8 @@ def main() -> None:
         own = state["ranks"][RANK]
         for name, part in learned.items():
             part.load_state_dict(state[name])
+        for optimizer in (critic_optimizer, actor_optimizer):
+            optimizer.param_groups[0]["lr"] = learning_rate
         log_ent_coef.data.copy_(state["log_ent_coef"])
         if state["device"] == device:  # else the noise starts anew
             generator.set_state(own["generator"])
@@ -1176,6 +1177,39 @@ def main() -> None:
             envs.reset_async(seed=seeds, options={"reset_mask": ended})
             return envs.reset_wait(timeout=args.worker_timeout)[0]
 
+    def update(s_t, a_t, r_t, s_next, terminated_t, noise) -> dict[str, torch.Tensor]:
+        """One gradient step of critics, actor and temperature on a batch; returns the losses."""
+        ent_coef = log_ent_coef.detach().exp()
+        with torch.no_grad():
+            a_next, log_pi_next = actor.sample(s_next, noise[0])
+            v_next = target(s_next, a_next).amin(0) - ent_coef * log_pi_next  # [B]
+            y = args.reward_scale * r_t + args.gamma * (1 - terminated_t) * v_next
+        q = critic(s_t, a_t)  # [2, B]
+        qf_loss = F.mse_loss(q, y.expand_as(q)) * 2  # the sum over both critics
+        critic_optimizer.zero_grad()
+        qf_loss.backward()
+        average(*(weight.grad for weight in critic.parameters()))
+        critic_optimizer.step()
+
+        a_pi, log_pi = actor.sample(s_t, noise[1])
+        actor_loss = (ent_coef * log_pi - critic(s_t, a_pi).amin(0)).mean()
+        ent_coef_loss = -(log_ent_coef.exp() * (log_pi.detach() + target_entropy)).mean()
+        actor_optimizer.zero_grad()
+        (actor_loss + ent_coef_loss).backward(inputs=actor_weights)
+        average(*(weight.grad for weight in actor_weights))
+        actor_optimizer.step()
+
+        with torch.no_grad():
+            for slow, fast, tau in ((target, critic, args.tau), (agent, actor, args.actor_tau)):
+                torch._foreach_lerp_(list(slow.parameters()), list(fast.parameters()), tau)
+        return {
+            "qf_loss": qf_loss, "qf_values": q.mean(), "actor_loss": actor_loss,
+            "entropy": -log_pi.mean(), "ent_coef": ent_coef,
+        }  # fmt: skip
+
+    if args.compile:
+        update = torch.compile(update, mode="reduce-overhead" if device == "cuda" else None)
+
     def updates_by(step: int) -> int:
         return math.floor(step * args.updates_per_step)
 
@@ -1207,7 +1241,8 @@ def main() -> None:
                 a = torch.rand((args.num_envs, act_dim), generator=generator, device=device) * 2 - 1
             else:
                 inputs = with_goal(s, torch.from_numpy(goal).to(device))  # [N, O + E]
-                a, _ = actor.sample(inputs, generator)  # [N, A]
+                noise = torch.randn((args.num_envs, act_dim), generator=generator, device=device)
+                a, _ = actor.sample(inputs, noise)  # [N, A]
                 a[:greedy] = torch.tanh(actor(inputs[:greedy])[0])
         action = ACTION_SCALE * a.cpu().numpy()
         with worker_failures(envs, f"step {step}"):
@@ -1218,8 +1253,7 @@ def main() -> None:
         ready = step >= args.learning_starts and replay.head > 0  # the first scores come late
         due = updates_by(step + stride) - updates_by(step) if ready else 0
         remaining = 1 - step / args.total_timesteps if args.anneal_lr else 1
-        for optimizer in (critic_optimizer, actor_optimizer):
-            optimizer.param_groups[0]["lr"] = args.learning_rate * remaining
+        learning_rate.fill_(args.learning_rate * remaining)
         for _ in range(due):
             s_t, a_t, r_t, s_next, terminated_t, g = replay.sample(args.batch_size, generator)
             if len(tasks) > 1:  # hindsight: every frame was scored for every goal
@@ -1228,34 +1262,8 @@ def main() -> None:
                 g = torch.where(relabel, torch.randint(len(tasks), g.shape, **options), g)  # [B]
             r_t = r_t.gather(1, g[:, None])[:, 0]  # [B, G] -> [B]
             s_t, s_next = with_goal(s_t, g), with_goal(s_next, g)
-            ent_coef = log_ent_coef.detach().exp()
-            with torch.no_grad():
-                a_next, log_pi_next = actor.sample(s_next, generator)
-                v_next = target(s_next, a_next).amin(0) - ent_coef * log_pi_next  # [B]
-                y = args.reward_scale * r_t + args.gamma * (1 - terminated_t) * v_next
-            q = critic(s_t, a_t)  # [2, B]
-            qf_loss = F.mse_loss(q, y.expand_as(q)) * 2  # the sum over both critics
-            critic_optimizer.zero_grad()
-            qf_loss.backward()
-            average(*(weight.grad for weight in critic.parameters()))
-            critic_optimizer.step()
-
-            a_pi, log_pi = actor.sample(s_t, generator)
-            actor_loss = (ent_coef * log_pi - critic(s_t, a_pi).amin(0)).mean()
-            ent_coef_loss = -(log_ent_coef.exp() * (log_pi.detach() + target_entropy)).mean()
-            actor_optimizer.zero_grad()
-            (actor_loss + ent_coef_loss).backward(inputs=actor_weights)
-            average(*(weight.grad for weight in actor_weights))
-            actor_optimizer.step()
-
-            with torch.no_grad():
-                for slow, fast, tau in ((target, critic, args.tau), (agent, actor, args.actor_tau)):
-                    torch._foreach_lerp_(list(slow.parameters()), list(fast.parameters()), tau)
-        if due:
-            losses = {
-                "qf_loss": qf_loss, "qf_values": q.mean(), "actor_loss": actor_loss,
-                "entropy": -log_pi.mean(), "ent_coef": ent_coef,
-            }  # fmt: skip
+            noise = torch.randn((2, *a_t.shape), generator=generator, device=device)
+            losses = update(s_t, a_t, r_t, s_next, terminated_t, noise)
         lap("update")
 
         # ---- Step

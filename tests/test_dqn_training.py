@@ -333,6 +333,28 @@ def test_the_other_reward_calibration_and_stack_train_as_well(tmp_path, random_c
     assert "success_rate_lift" not in report["last"]["heldout"]
 
 
+def test_compiled_updates_are_the_same(finished, tmp_path, random_clip, monkeypatch):
+    """With a backend that needs no C++ compiler."""
+    compiled, compile_with = [], torch.compile
+
+    def count(function, mode=None):
+        compiled.append(function.__name__)
+        return compile_with(function, backend="aot_eager")
+
+    monkeypatch.setattr(torch, "compile", count)
+    monkeypatch.chdir(tmp_path)
+    flags = [*SMALL, "--clip-model", str(random_clip), "--no-capture-video", "--compile"]
+    monkeypatch.setattr(sys, "argv", [SCRIPT, *flags])
+    main()
+    assert compiled[-1] == "update"
+    same, expected = networks(only_run(tmp_path)), networks(finished[0])
+    for name, value in expected.items():
+        torch.testing.assert_close(same[name], value, atol=1e-4, rtol=1e-3)
+    torch.manual_seed(1)
+    start = QNetwork(torch.zeros(4, 2, 2, 64).half(), 64).hidden.weight
+    assert (expected["q_network.hidden.weight"] - start).abs().max() > 0.01  # far more than that
+
+
 def test_an_agent_can_be_replayed(finished):
     run, _ = finished
     before = (run / "report.json").read_text()

@@ -217,12 +217,7 @@ def test_log_density_equals_the_transformed_distribution():
     torch.manual_seed(0)
     actor = Actor(5, 3, 16).double()
     s = 3 * torch.randn(64, 5, dtype=torch.float64)
-    generator = torch.Generator().manual_seed(1)
-    torch.set_default_dtype(torch.float64)
-    try:
-        a, log_pi = actor.sample(s, generator)
-    finally:
-        torch.set_default_dtype(torch.float32)
+    a, log_pi = actor.sample(s, torch.randn(64, 3, dtype=torch.float64))
     mean, log_std = actor(s)
     normal = torch.distributions.Normal(mean, log_std.exp())
     squashed = torch.distributions.TransformedDistribution(
@@ -238,7 +233,7 @@ def test_log_density_equals_the_transformed_distribution():
 def test_log_density_is_finite_where_tanh_saturates():
     actor = Actor(5, 3, 16)
     torch.nn.init.constant_(actor.head.bias[:3], 40.0)
-    a, log_pi = actor.sample(torch.zeros(8, 5), torch.Generator().manual_seed(0))
+    a, log_pi = actor.sample(torch.zeros(8, 5), torch.randn(8, 3))
     assert (a == 1).all() and torch.isfinite(log_pi).all()
 
 
@@ -594,7 +589,7 @@ def test_half_act_without_noise_and_a_frame_counts_for_its_steps(tmp_path, monke
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [SCRIPT, *flags, "--no-capture-video"])
     monkeypatch.setattr("sac_clip_humanoid.CLIPReward", Content)
-    noisy = lambda self, s, generator: (torch.full((len(s), 17), 0.9), torch.zeros(len(s)))
+    noisy = lambda self, s, noise: (torch.full((len(s), 17), 0.9), torch.zeros(len(s)))
     monkeypatch.setattr(Actor, "sample", noisy)
     main()
     run = only_run(tmp_path)
@@ -606,6 +601,31 @@ def test_half_act_without_noise_and_a_frame_counts_for_its_steps(tmp_path, monke
     learned = a[25:]  # after 200 steps: two for each action of 4 environments
     assert (learned[:, 2:] == 0.9).all() and not (learned[:, :2] == 0.9).any()
     assert learned[:, :2].abs().max() < 0.9  # what the new network means, not a random action
+
+
+def test_compiled_updates_are_the_same(tmp_path, monkeypatch):
+    """With a backend that needs no C++ compiler."""
+    compiled, compile_with = [], torch.compile
+
+    def count(function, mode=None):
+        compiled.append(function.__name__)
+        return compile_with(function, backend="aot_eager")
+
+    monkeypatch.setattr(torch, "compile", count)
+    monkeypatch.setattr("sac_clip_humanoid.CLIPReward", HighArms)
+    for folder, extra in (("plain", []), ("compiled", ["--compile"])):
+        (tmp_path / folder).mkdir()
+        monkeypatch.chdir(tmp_path / folder)
+        monkeypatch.setattr(sys, "argv", [SCRIPT, *SMALL, "--no-capture-video", *extra])
+        main()
+    assert compiled == ["update"]
+    plain, same = (networks(only_run(tmp_path / folder)) for folder in ("plain", "compiled"))
+    torch.manual_seed(1)
+    start = Actor(45, 17, 32).state_dict()
+    for name, value in plain.items():
+        torch.testing.assert_close(same[name], value, atol=1e-3, rtol=1e-3)
+    moved = [plain[f"actor.{name}"] - value for name, value in start.items()]
+    assert max(change.abs().max() for change in moved) > 0.01  # by far more than they differ
 
 
 def test_an_agent_can_be_replayed(finished):

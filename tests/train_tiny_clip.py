@@ -578,11 +578,7 @@ def new_states(job: tuple[int, int]) -> States:
 def agent_states(job: tuple[Path, int, int]) -> States:
     """What the agent of a checkpoint reaches, with its noise and without: a count, by a seed."""
     checkpoint, count, seed = job
-    rng, generator, env = (
-        np.random.default_rng(seed),
-        torch.Generator().manual_seed(seed),
-        studio.env,
-    )
+    rng, env = np.random.default_rng(seed), studio.env
     state = torch.load(checkpoint, map_location="cpu", weights_only=True)
     repeat = state["args"]["action_repeat"]
     obs_dim, act_dim = len(state["normaliser"]["mean"]), env.action_space.shape[0]
@@ -596,7 +592,9 @@ def agent_states(job: tuple[Path, int, int]) -> States:
             if step % repeat == 0:
                 with torch.no_grad():
                     s = normaliser(torch.from_numpy(observation[:obs_dim])[None])
-                    a = actor.sample(s, generator)[0] if noisy else torch.tanh(actor(s)[0])
+                    mean, log_std = actor(s)
+                    noise = torch.from_numpy(rng.standard_normal(mean.shape, np.float32))
+                    a = torch.tanh(mean + noisy * log_std.exp() * noise)
             observation, *_ = env.step(ACTION_SCALE * a[0].numpy())
             if step % 5 == 4:
                 studio.shoot()
