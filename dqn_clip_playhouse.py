@@ -23,7 +23,7 @@ import sys
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -130,7 +130,8 @@ class Args:
     """folder, ARCH/TAG or ARCH/FILE of open_clip, or hf-hub:ID"""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """of CLIP; auto is bf16 on CUDA (older than Ampere: take fp32), or a CPU with AMX"""
-    compile: bool = False  # torch.compile CLIP's image tower and the updates (on CUDA: CUDA graphs)
+    compile: bool = False
+    """torch.compile CLIP's image tower and the updates, which on CUDA become one CUDA graph"""
     score_every: int = 4
     """steps of all environments that make one block: episodes end only after it, and where the
     policy sees pixels, its frames are one CLIP batch"""
@@ -1202,6 +1203,7 @@ def rank_failures():
         )
 
 
+@torch.compiler.disable
 def average(*tensors: torch.Tensor) -> None:
     """Over all ranks, in place."""
     if WORLD_SIZE > 1:
@@ -1220,6 +1222,32 @@ def gather(value) -> list:
         with rank_failures():
             dist.all_gather_object(values, value)
     return values
+
+
+class CUDAGraph:
+    """A function of tensors, of the same shapes at each call, whose kernels are launched as one."""
+
+    def __init__(self, function: Callable):
+        self.function, self.calls = function, 0
+        self.graph, self.stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+
+    def __call__(self, *inputs: torch.Tensor):
+        self.calls += 1
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            if self.calls <= 3:  # it warms up: what is made once is not to be captured
+                self.outputs = self.function(*inputs)
+            else:
+                if self.calls == 4:
+                    self.inputs = [x.clone() for x in inputs]
+                    options = {"stream": self.stream, "capture_error_mode": "thread_local"}
+                    with torch.cuda.graph(self.graph, **options):  # while other threads go on
+                        self.outputs = self.function(*self.inputs)
+                for own, x in zip(self.inputs, inputs, strict=True):
+                    own.copy_(x)
+                self.graph.replay()
+        torch.cuda.current_stream().wait_stream(self.stream)
+        return self.outputs
 
 
 class QNetwork(nn.Module):
@@ -1476,7 +1504,8 @@ def main() -> None:
     seen = example.repeat(1, 1, 1, args.frame_stack)
     q_network = QNetwork(seen, projection.shape[1]).to(device)
     target = copy.deepcopy(q_network).requires_grad_(False)
-    optimizer = torch.optim.Adam(q_network.parameters(), lr=args.learning_rate, fused=True)
+    adam = {"lr": args.learning_rate, "fused": True, "capturable": device == "cuda"}
+    optimizer = torch.optim.Adam(q_network.parameters(), **adam)
     fixed_beta = 0.5 if args.reward == "env" else args.beta or 0.0
     beta = torch.full((len(GOALS),), fixed_beta, device=device)
     generator = torch.Generator(device).manual_seed(reset_seed(args.seed, NOISE, RANK))
@@ -1565,6 +1594,7 @@ def main() -> None:
         q_network.load_state_dict(state["q_network"])
         target.load_state_dict(state["target"])
         optimizer.load_state_dict(state["optimizer"])
+        optimizer.param_groups[0] |= adam  # the device may be another one
         projection.copy_(state["projection"])
         beta.copy_(state["beta"])
         if state["device"] == device:  # else the noise starts anew
@@ -1649,10 +1679,11 @@ def main() -> None:
         td_loss.backward()
         average(*(weight.grad for weight in q_network.parameters()))
         optimizer.step()
-        return {"td_loss": td_loss, "q_values": q.mean()}
+        return {"td_loss": td_loss.detach(), "q_values": q.detach().mean()}
 
     if args.compile:
-        update = torch.compile(update, mode="reduce-overhead" if device == "cuda" else None)
+        update = torch.compile(update)
+        update = CUDAGraph(update) if device == "cuda" else update
 
     def updates_by(step: int) -> int:
         return math.floor(step * args.updates_per_step)

@@ -137,7 +137,8 @@ class Args:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """of CLIP; bf16 lets the networks multiply below float32 too (TF32 on CUDA, bf16 on a CPU);
     auto is bf16 on CUDA (older than Ampere: take fp32) and on a CPU with AMX"""
-    compile: bool = False  # torch.compile CLIP's image tower and the updates (on CUDA: CUDA graphs)
+    compile: bool = False
+    """torch.compile CLIP's image tower and the updates, which on CUDA become one CUDA graph"""
     score_every: int = 8  # frames of every environment that make one CLIP batch
 
     # ---- Algorithm
@@ -741,6 +742,7 @@ def rank_failures():
         )
 
 
+@torch.compiler.disable
 def average(*tensors: torch.Tensor) -> None:
     """Over all ranks, in place."""
     if WORLD_SIZE > 1:
@@ -759,6 +761,32 @@ def gather(value) -> list:
         with rank_failures():
             dist.all_gather_object(values, value)
     return values
+
+
+class CUDAGraph:
+    """A function of tensors, of the same shapes at each call, whose kernels are launched as one."""
+
+    def __init__(self, function: Callable):
+        self.function, self.calls = function, 0
+        self.graph, self.stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+
+    def __call__(self, *inputs: torch.Tensor):
+        self.calls += 1
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            if self.calls <= 3:  # it warms up: what is made once is not to be captured
+                self.outputs = self.function(*inputs)
+            else:
+                if self.calls == 4:
+                    self.inputs = [x.clone() for x in inputs]
+                    options = {"stream": self.stream, "capture_error_mode": "thread_local"}
+                    with torch.cuda.graph(self.graph, **options):  # while other threads go on
+                        self.outputs = self.function(*self.inputs)
+                for own, x in zip(self.inputs, inputs, strict=True):
+                    own.copy_(x)
+                self.graph.replay()
+        torch.cuda.current_stream().wait_stream(self.stream)
+        return self.outputs
 
 
 class Normaliser(nn.Module):
@@ -1041,11 +1069,13 @@ def main() -> None:
     learns_ent_coef = args.ent_coef is None
     log_ent_coef = torch.tensor(math.log(ent_coef), device=device, requires_grad=learns_ent_coef)
     target_entropy = -float(act_dim)
-    learning_rate = torch.tensor(args.learning_rate, device=device)  # else compiled in
-    critic_optimizer = torch.optim.Adam(critic.parameters(), learning_rate, fused=True)
+    # The learning rate is a tensor, as --compile makes a number a constant.
+    learning_rate = torch.tensor(args.learning_rate, device=device)
+    adam = {"lr": learning_rate, "fused": True, "capturable": device == "cuda"}
+    critic_optimizer = torch.optim.Adam(critic.parameters(), **adam)
     # SAC's temperature too: its loss and the actor's share no gradient, so one pass serves both.
     actor_weights = [*actor.parameters()] + [log_ent_coef] * learns_ent_coef
-    actor_optimizer = torch.optim.Adam(actor_weights, learning_rate, fused=True)
+    actor_optimizer = torch.optim.Adam(actor_weights, **adam)
     generator = torch.Generator(device).manual_seed(reset_seed(args.seed, NOISE, RANK))
     learned = {
         "normaliser": normaliser, "actor": actor, "agent": agent, "critic": critic,
@@ -1125,7 +1155,7 @@ def main() -> None:
         for name, part in learned.items():
             part.load_state_dict(state[name])
         for optimizer in (critic_optimizer, actor_optimizer):
-            optimizer.param_groups[0]["lr"] = learning_rate
+            optimizer.param_groups[0] |= adam  # not a copy of the rate; perhaps another device
         log_ent_coef.data.copy_(state["log_ent_coef"])
         if state["device"] == device:  # else the noise starts anew
             generator.set_state(own["generator"])
@@ -1202,13 +1232,14 @@ def main() -> None:
         with torch.no_grad():
             for slow, fast, tau in ((target, critic, args.tau), (agent, actor, args.actor_tau)):
                 torch._foreach_lerp_(list(slow.parameters()), list(fast.parameters()), tau)
-        return {
-            "qf_loss": qf_loss, "qf_values": q.mean(), "actor_loss": actor_loss,
-            "entropy": -log_pi.mean(), "ent_coef": ent_coef,
-        }  # fmt: skip
+            return {
+                "qf_loss": qf_loss.detach(), "actor_loss": actor_loss.detach(),
+                "qf_values": q.mean(), "entropy": -log_pi.mean(), "ent_coef": ent_coef,
+            }  # fmt: skip
 
     if args.compile:
-        update = torch.compile(update, mode="reduce-overhead" if device == "cuda" else None)
+        update = torch.compile(update)
+        update = CUDAGraph(update) if device == "cuda" else update
 
     def updates_by(step: int) -> int:
         return math.floor(step * args.updates_per_step)

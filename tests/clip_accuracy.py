@@ -64,7 +64,8 @@ class Args:
 
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 COMBINATION = "a humanoid robot kneeling with both arms raised"  # in no training caption
-# What is done, told and commanded, instead of the state that a frame shows.
+# What is done, told and commanded, instead of the state that a frame shows. CLIPs of our trainer
+# were taught the words of the first of each, and may have met it; of the second they were not.
 VERBS = {
     "kneeling": ["a humanoid robot that kneels", "kneel"],
     "lotus": ["a humanoid robot that meditates in the lotus position", "sit down and meditate"],
@@ -428,7 +429,10 @@ def table(result: dict) -> str:
         + " | ".join(f"{w['auc']:.3f} / {w['epic']:.3f}" for w in result["worst"].values())
         + " |"
     )
-    for what, key in (("Other words for the goals", "paraphrases"), ("As verbs", "verbs")):
+    for what, key in (
+        ("Other words for the goals", "paraphrases"),
+        ("As verbs, told and commanded", "verbs"),
+    ):
         lines += ["", f"{what}, at alpha = 0:", "", "| prompt | AUC | change |", "|---|---|---|"]
         for prompt, p in result[key].items():
             lines.append(f"| {prompt} | {p['auc']:.3f} | {p['change']:+.3f} |")

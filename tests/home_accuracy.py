@@ -134,11 +134,11 @@ def measure(score: np.ndarray, reached: np.ndarray, in_view: np.ndarray) -> dict
 
 
 def verb(goal: Goal) -> str:
-    """The goal as a command, instead of the state that a frame shows."""
-    name = f"a {goal.colour} {goal.kind}"
+    """The goal as a command, instead of the state that a frame shows; in words that our trainer
+    does not teach."""
     if goal.family == "place":
         return f"put {goal.prompt}"
-    return {"find": "find ", "lift": "lift "}[goal.family] + name
+    return f"{goal.family} a {goal.colour} {goal.kind}"
 
 
 def table(result: dict) -> str:

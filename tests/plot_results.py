@@ -198,7 +198,8 @@ def looks(load: Callable[[str], dict]) -> plt.Figure:
     figure, axis = plt.subplots(figsize=(4.5, 3.5))
     axis.imshow(mean, vmin=0.5, vmax=1, cmap="viridis")
     for (row, column), value in np.ndenumerate(mean):
-        axis.text(column, row, f"{value:.3f}", ha="center", va="center", color="white")
+        color = "black" if value > 0.8 else "white"  # on yellow, or on blue
+        axis.text(column, row, f"{value:.3f}", ha="center", va="center", color=color)
     axis.set_xticks(range(3), LOOKS)
     axis.set_yticks(range(3), LOOKS)
     axis.set(xlabel="tested on", ylabel="trained on")

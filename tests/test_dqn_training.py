@@ -352,7 +352,8 @@ def test_compiled_updates_are_the_same(finished, tmp_path, random_clip, monkeypa
         torch.testing.assert_close(same[name], value, atol=1e-4, rtol=1e-3)
     torch.manual_seed(1)
     start = QNetwork(torch.zeros(4, 2, 2, 64).half(), 64).hidden.weight
-    assert (expected["q_network.hidden.weight"] - start).abs().max() > 0.01  # far more than that
+    change = (expected["q_network.hidden.weight"] - start).abs()
+    assert change.max() > 0.01 and change.median() < 0.02  # far more; and it did start there
 
 
 def test_an_agent_can_be_replayed(finished):

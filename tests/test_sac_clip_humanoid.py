@@ -624,8 +624,8 @@ def test_compiled_updates_are_the_same(tmp_path, monkeypatch):
     start = Actor(45, 17, 32).state_dict()
     for name, value in plain.items():
         torch.testing.assert_close(same[name], value, atol=1e-3, rtol=1e-3)
-    moved = [plain[f"actor.{name}"] - value for name, value in start.items()]
-    assert max(change.abs().max() for change in moved) > 0.01  # by far more than they differ
+    change = (plain["actor.trunk.2.weight"] - start["trunk.2.weight"]).abs()
+    assert change.max() > 0.01 and change.median() < 0.05  # far more; and it did start there
 
 
 def test_an_agent_can_be_replayed(finished):

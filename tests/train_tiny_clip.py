@@ -38,6 +38,7 @@ import torch.nn.functional as F
 import tyro
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+from open_clip.modified_resnet import ModifiedResNet
 from safetensors.torch import load_file, save_file
 
 HERE = Path(__file__).parent
@@ -702,15 +703,17 @@ def overrated_states(
 
 
 def start_from(folder: Path, model: torch.nn.Module) -> torch.nn.Module | None:
-    """Give the model whatever fits it of the CLIP in the folder; which is a teacher if not all did.
+    """Copy what fits the model of the CLIP in the folder; returns that CLIP, as a teacher, if some
+    of it did not, or left a new layer that is not the identity.
 
-    Blocks that a deeper resnet adds are the identity: open_clip starts their last norm at 0.
+    The blocks that a deeper resnet adds are: open_clip starts the last norm of each at 0.
     """
     known, weights = load_file(folder / "open_clip_model.safetensors"), model.state_dict()
     fits = {k: w for k, w in known.items() if k in weights and w.shape == weights[k].shape}
     model.load_state_dict(weights | fits)
     print(f"{len(fits)} of {len(weights)} parts of it are those of {folder}")
-    if len(fits) == len(known):
+    resnet = isinstance(model.visual, ModifiedResNet)
+    if len(fits) == len(known) and (resnet or len(fits) == len(weights)):
         return None
     return open_clip.create_model(f"local-dir:{folder}").eval()
 
@@ -718,6 +721,8 @@ def start_from(folder: Path, model: torch.nn.Module) -> torch.nn.Module | None:
 def main(args: Args) -> None:
     if args.homes and args.resolution % home_states.CELLS:
         sys.exit(f"--resolution {args.resolution}: with --homes take a multiple of 9, as 144")
+    if args.steps is not None and args.steps < 1:
+        sys.exit(f"--steps {args.steps}: must be at least 1")
     rng = np.random.default_rng(args.seed)
     torch.manual_seed(args.seed)
     start = time.time()
@@ -914,7 +919,9 @@ def main(args: Args) -> None:
     words = set((args.start / "vocabulary.txt").read_text().split()) if args.start else set()
 
     def progress_by_now() -> float:
-        return step / args.steps if args.steps else (time.time() - start) / (60 * args.minutes)
+        if args.steps is not None:
+            return step / args.steps
+        return (time.time() - start) / (60 * args.minutes)
 
     while (progress := progress_by_now()) < 1:
         rate = min(1, (step + 1) / 200) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
