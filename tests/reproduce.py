@@ -5,13 +5,14 @@
     python tests/reproduce.py --all                 # what is missing
 
 A result is a small JSON file in `tests/results/`; what it has is not run again, and of several
-seeds those are run that it lacks. Runs go to `runs/reproduce/`, and one that was interrupted is
-resumed. The CLIPs that some experiments are about are trained first, each in one go, and kept in
-`runs/reproduce/clips/`.
+seeds those are run that it lacks. A run of other flags or of another bundled CLIP does not count.
+Runs go to `runs/reproduce/`, and one that was interrupted is resumed. The CLIPs that some
+experiments are about are trained first, each in one go, and kept in `runs/reproduce/clips/`.
 """
 
 # ruff: noqa: E402, I001
 
+import hashlib
 import json
 import re
 import shlex
@@ -150,14 +151,22 @@ def command_line(command: str, runs: Path) -> list[str | Path]:
     return [sys.executable, HERE.parent / script, *words]
 
 
+def digest(clip_model: str | Path) -> str | None:
+    """Tells the weights in a CLIP's folder from others."""
+    path = Path(clip_model) / "open_clip_model.safetensors"
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:12] if path.exists() else None
+
+
 def summary(run: Path, command: str) -> dict:
     """What is kept of a finished run: its report, and its evaluations over training."""
+    args = json.loads((run / "args.json").read_text())
     logged = {k: v for k, v in scalars(run).items() if k.startswith("eval/")}
     events = next(iter(logged.values()))
     pauses = [b.wall_time - a.wall_time for a, b in zip(events, events[1:], strict=False)]
     return {
         "command": command,
-        "precision": json.loads((run / "args.json").read_text())["precision"],
+        "clip": digest(args["clip_model"]),
+        "precision": args["precision"],
         # An interrupted run stood still for a while; the median does not know.
         "minutes": round(statistics.median(pauses) * len(events) / 60, 1) if pauses else None,
         "report": json.loads((run / "report.json").read_text()),
@@ -187,9 +196,17 @@ def missing(experiment: Experiment, path: Path) -> list[int]:
     if not experiment.seeds:
         return [0] * (not path.exists())
     runs = json.loads(path.read_text())["runs"] if path.exists() else []
-    commands = {run["command"] for run in runs}
+    commands = {run["command"] for run in runs if is_of_today(run, experiment.command)}
     seeds = range(1, experiment.seeds + 1)
     return [seed for seed in seeds if f"{experiment.command} --seed {seed}" not in commands]
+
+
+def is_of_today(run: dict, command: str) -> bool:
+    """Made by this command with some seed, and if by the bundled CLIP, then by today's."""
+    bundled = "--clip-model" not in command
+    return run["command"].startswith(f"{command} --seed ") and (
+        not bundled or run["clip"] == digest(HERE / "tiny_clip")
+    )
 
 
 def train_seeds(name: str, path: Path, runs: Path) -> None:
@@ -197,8 +214,7 @@ def train_seeds(name: str, path: Path, runs: Path) -> None:
     what, command, *_ = experiment = EXPERIMENTS[name]
     result = json.loads(path.read_text()) if path.exists() else {"what": what, "runs": []}
     for seed in missing(experiment, path):
-        # One of other flags than today's gives way.
-        own = [run for run in result["runs"] if run["command"].startswith(f"{command} --seed ")]
+        own = [run for run in result["runs"] if is_of_today(run, command)]  # others give way
         own.append(train(f"{command} --seed {seed}", runs / name / str(seed), runs))
         result["runs"] = sorted(own, key=lambda run: int(run["command"].split()[-1]))
         path.write_text(dump(result))

@@ -46,6 +46,7 @@ def test_an_interrupted_run_is_resumed_and_a_result_is_kept(
     assert (run / "report.json").exists()
     (summary,) = json.loads((tmp_path / "short.json").read_text())["runs"]
     assert summary["command"] == f"{command} --seed 1"
+    assert summary["clip"] == reproduce.digest(random_clip) != reproduce.digest(tmp_path)
     assert summary["curve"]["step"] == [800, 1600]
     assert len(summary["curve"]["clip_return"]) == 2 and "best" in summary["report"]
 
@@ -60,8 +61,12 @@ def test_seeds_that_a_result_lacks_are_added_one_by_one(tmp_path, monkeypatch, c
     experiment = reproduce.Experiment("two dice", "python dice.py", 0, 3)
     monkeypatch.setitem(reproduce.EXPERIMENTS, "dice", experiment)
     path = tmp_path / "dice.json"
-    commands = ["python dice.py --seed 2", "python dice.py --sides 4 --seed 3"]  # one is of old
-    runs = [{"command": command} for command in commands]
+    today = reproduce.digest(reproduce.HERE / "tiny_clip")
+    runs = [
+        {"command": "python dice.py --seed 2", "clip": today},
+        {"command": "python dice.py --sides 4 --seed 3", "clip": today},  # of other flags
+        {"command": "python dice.py --seed 1", "clip": "another"},
+    ]
     path.write_text(json.dumps({"what": "two dice", "runs": runs}))
     reproduce.main(reproduce.Args(results=tmp_path))
     assert re.search(r"dice +1 of 3 ", capsys.readouterr().out)
@@ -71,7 +76,7 @@ def test_seeds_that_a_result_lacks_are_added_one_by_one(tmp_path, monkeypatch, c
         trained.append((command, folder))
         if len(trained) == 2:
             raise KeyboardInterrupt
-        return {"command": command}
+        return {"command": command, "clip": today}
 
     monkeypatch.setattr(reproduce, "train", train)
     with pytest.raises(KeyboardInterrupt):
