@@ -196,17 +196,10 @@ def missing(experiment: Experiment, path: Path) -> list[int]:
     if not experiment.seeds:
         return [0] * (not path.exists())
     runs = json.loads(path.read_text())["runs"] if path.exists() else []
-    commands = {run["command"] for run in runs if is_of_today(run, experiment.command)}
-    seeds = range(1, experiment.seeds + 1)
-    return [seed for seed in seeds if f"{experiment.command} --seed {seed}" not in commands]
-
-
-def is_of_today(run: dict, command: str) -> bool:
-    """Made by this command with some seed, and if by the bundled CLIP, then by today's."""
-    bundled = "--clip-model" not in command
-    return run["command"].startswith(f"{command} --seed ") and (
-        not bundled or run["clip"] == digest(HERE / "tiny_clip")
-    )
+    today = digest(HERE / "tiny_clip")
+    made = {r["command"] for r in runs if "--clip-model" in r["command"] or r["clip"] == today}
+    commands = [f"{experiment.command} --seed {seed}" for seed in range(1, experiment.seeds + 1)]
+    return [seed for seed, command in enumerate(commands, 1) if command not in made]
 
 
 def train_seeds(name: str, path: Path, runs: Path) -> None:
@@ -214,8 +207,11 @@ def train_seeds(name: str, path: Path, runs: Path) -> None:
     what, command, *_ = experiment = EXPERIMENTS[name]
     result = json.loads(path.read_text()) if path.exists() else {"what": what, "runs": []}
     for seed in missing(experiment, path):
-        own = [run for run in result["runs"] if is_of_today(run, command)]  # others give way
-        own.append(train(f"{command} --seed {seed}", runs / name / str(seed), runs))
+        seeded = f"{command} --seed {seed}"
+        new = train(seeded, runs / name / str(seed), runs)
+        # Runs of other flags give way; of an earlier CLIP, once their seed has run again.
+        others = [run for run in result["runs"] if run["command"].startswith(f"{command} --seed ")]
+        own = [new, *(run for run in others if run["command"] != seeded)]
         result["runs"] = sorted(own, key=lambda run: int(run["command"].split()[-1]))
         path.write_text(dump(result))
 

@@ -66,6 +66,7 @@ def test_seeds_that_a_result_lacks_are_added_one_by_one(tmp_path, monkeypatch, c
         {"command": "python dice.py --seed 2", "clip": today},
         {"command": "python dice.py --sides 4 --seed 3", "clip": today},  # of other flags
         {"command": "python dice.py --seed 1", "clip": "another"},
+        {"command": "python dice.py --seed 3", "clip": "another"},
     ]
     path.write_text(json.dumps({"what": "two dice", "runs": runs}))
     reproduce.main(reproduce.Args(results=tmp_path))
@@ -84,8 +85,12 @@ def test_seeds_that_a_result_lacks_are_added_one_by_one(tmp_path, monkeypatch, c
     assert trained == [
         (f"python dice.py --seed {seed}", tmp_path / "dice" / str(seed)) for seed in (1, 3)
     ]
-    runs = json.loads(path.read_text())["runs"]
-    assert [run["command"] for run in runs] == [f"python dice.py --seed {seed}" for seed in (1, 2)]
+    runs = {run["command"]: run["clip"] for run in json.loads(path.read_text())["runs"]}
+    assert runs == {  # seed 3 was interrupted
+        "python dice.py --seed 1": today,
+        "python dice.py --seed 2": today,
+        "python dice.py --seed 3": "another",
+    }
 
 
 def test_a_clip_that_an_experiment_names_is_trained_once(tmp_path, monkeypatch):
