@@ -1594,7 +1594,7 @@ def main() -> None:
         q_network.load_state_dict(state["q_network"])
         target.load_state_dict(state["target"])
         optimizer.load_state_dict(state["optimizer"])
-        optimizer.param_groups[0] |= adam  # the device may be another one
+        optimizer.param_groups[0] |= adam  # what was saved is perhaps of another device
         projection.copy_(state["projection"])
         beta.copy_(state["beta"])
         if state["device"] == device:  # else the noise starts anew

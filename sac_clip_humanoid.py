@@ -1155,7 +1155,7 @@ def main() -> None:
         for name, part in learned.items():
             part.load_state_dict(state[name])
         for optimizer in (critic_optimizer, actor_optimizer):
-            optimizer.param_groups[0] |= adam  # not a copy of the rate; perhaps another device
+            optimizer.param_groups[0] |= adam  # what was saved is a copy, perhaps of another device
         log_ent_coef.data.copy_(state["log_ent_coef"])
         if state["device"] == device:  # else the noise starts anew
             generator.set_state(own["generator"])

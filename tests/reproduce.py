@@ -197,7 +197,7 @@ def missing(experiment: Experiment, path: Path) -> list[int]:
         return [0] * (not path.exists())
     runs = json.loads(path.read_text())["runs"] if path.exists() else []
     today = digest(HERE / "tiny_clip")
-    made = {r["command"] for r in runs if "--clip-model" in r["command"] or r["clip"] == today}
+    made = {r["command"] for r in runs if "--clip-model" in r["command"] or r.get("clip") == today}
     commands = [f"{experiment.command} --seed {seed}" for seed in range(1, experiment.seeds + 1)]
     return [seed for seed, command in enumerate(commands, 1) if command not in made]
 

@@ -65,7 +65,7 @@ def test_seeds_that_a_result_lacks_are_added_one_by_one(tmp_path, monkeypatch, c
     runs = [
         {"command": "python dice.py --seed 2", "clip": today},
         {"command": "python dice.py --sides 4 --seed 3", "clip": today},  # of other flags
-        {"command": "python dice.py --seed 1", "clip": "another"},
+        {"command": "python dice.py --seed 1"},  # of before results told their CLIP
         {"command": "python dice.py --seed 3", "clip": "another"},
     ]
     path.write_text(json.dumps({"what": "two dice", "runs": runs}))
@@ -115,8 +115,7 @@ def test_a_clip_that_an_experiment_names_is_trained_once(tmp_path, monkeypatch):
         clip = str(tmp_path / "clips" / "w4")
         assert line == [sys.executable, script, "--clip-model", clip, "--seed", "2"]
     assert [path.name for path in (tmp_path / "clips").iterdir()] == ["w4"]
-    trainer, *flags = shlex.split(reproduce.CLIPS["w4"])
-    line = [str(reproduce.HERE / "train_tiny_clip.py"), trainer, *flags]
+    line = [str(reproduce.HERE / "train_tiny_clip.py"), *shlex.split(reproduce.CLIPS["w4"])]
     assert started == [[*line, "--output", str(tmp_path / "clips" / "w4.part")]] * 2
 
 
