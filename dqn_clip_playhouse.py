@@ -70,6 +70,7 @@ START_METHOD = "fork" if sys.platform == "linux" else "spawn"
 # Set by torchrun; a script that was started alone is rank 0 of 1.
 RANK, LOCAL_RANK = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+LOCAL_WORLD_SIZE = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # ranks on this machine
 FAMILIES = ("find", "lift", "place")
 MAX_STEPS = 100  # of an episode
 VIDEO_SIZE = 320  # pixels, at least
@@ -1074,7 +1075,7 @@ class Replay:
             "last": ((C, N), torch.int64),  # block of the episode, so far
         }
         need = sum(math.prod(shape) * dtype.itemsize for shape, dtype in rings.values())  # bytes
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // LOCAL_WORLD_SIZE
         if device == "cuda":
             memory = torch.cuda.mem_get_info()[0]
         check(

@@ -78,6 +78,7 @@ START_METHOD = "fork" if sys.platform == "linux" else "spawn"
 # Set by torchrun; a script that was started alone is rank 0 of 1.
 RANK, LOCAL_RANK = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+LOCAL_WORLD_SIZE = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # ranks on this machine
 MAX_STEPS = 100  # of an episode
 ACTION_SCALE = 0.4  # torque limit of Humanoid-v5; policies act in [-1, 1]
 
@@ -655,7 +656,7 @@ class Replay:
         parts = (obs_dim,), (act_dim,), (num_goals,), (), ()
         shapes = [(self.rows, num_envs, *part) for part in parts]
         need = 4 * sum(map(math.prod, shapes))  # bytes
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // LOCAL_WORLD_SIZE
         if device == "cuda":
             memory = torch.cuda.mem_get_info()[0]
         check(

@@ -743,6 +743,14 @@ def test_a_replay_that_does_not_fit_is_refused(capsys):
     assert errors.count("\n") == 1 and errors.endswith("lower it\n")
 
 
+def test_ranks_share_the_memory_of_their_machine(monkeypatch):
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    monkeypatch.setattr("sac_clip_humanoid.LOCAL_WORLD_SIZE", memory // 2**20)  # 1 MiB each
+    Replay(1600, 16, 45, 17, 1, "cpu")
+    with pytest.raises(SystemExit):
+        Replay(16000, 16, 45, 17, 1, "cpu")
+
+
 def test_cuda_asked_for_and_absent(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -8,7 +8,12 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-from sac_clip_humanoid import TASKS, HumanoidEnv  # first: it puts torch before any GL context
+from sac_clip_humanoid import (  # first: it puts torch before any GL context
+    TASKS,
+    Actor,
+    HumanoidEnv,
+    Normaliser,
+)
 
 import numpy as np
 import train_tiny_clip
@@ -223,6 +228,30 @@ class HerePool:
 
     def map(self, function, jobs, chunk):
         return [function(job) for job in jobs]
+
+
+@pytest.mark.parametrize("goals", [1, 3])
+def test_what_an_agent_reaches_is_photographed(goals, tmp_path):
+    """An agent of one goal is not told it, one of several has it beside its state."""
+    train_tiny_clip.open_studio(train_tiny_clip.Args())
+    env = train_tiny_clip.studio.env
+    normaliser, goal_input = Normaliser(45), torch.randn(goals, 4 if goals > 1 else 0)
+    actor = Actor(45 + goal_input.shape[1], env.action_space.shape[0], 16)
+    torch.save(
+        {
+            "args": {"action_repeat": 2, "hidden": 16},
+            "normaliser": normaliser.state_dict(),
+            "agent": actor.state_dict(),
+            "goal_input": goal_input,
+        },
+        tmp_path / "last.pt",
+    )
+    reached = train_tiny_clip.agent_states((tmp_path / "last.pt", 30, 0))
+    assert len(reached.frames) == 30 and len(np.unique(reached.qpos, axis=0)) == 30
+    env.set_state(reached.qpos[7], np.zeros(env.model.nv))
+    truth = describe(env)
+    np.testing.assert_allclose(reached.truths[7], [truth[name] for name in ATTRIBUTES], atol=1e-5)
+    env.close()
 
 
 def test_the_search_climbs_towards_states_that_are_overrated(monkeypatch, capsys):

@@ -583,17 +583,19 @@ def agent_states(job: tuple[Path, int, int]) -> States:
     state = torch.load(checkpoint, map_location="cpu", weights_only=True)
     repeat = state["args"]["action_repeat"]
     obs_dim, act_dim = len(state["normaliser"]["mean"]), env.action_space.shape[0]
-    normaliser, actor = Normaliser(obs_dim), Actor(obs_dim, act_dim, state["args"]["hidden"])
+    goal_input = state["goal_input"]  # [G, E], of which an episode has one
+    normaliser = Normaliser(obs_dim)
+    actor = Actor(obs_dim + goal_input.shape[1], act_dim, state["args"]["hidden"])
     normaliser.load_state_dict(state["normaliser"])
     actor.load_state_dict(state["agent"])
     while len(studio.shots) < count:
         observation, _ = env.reset(seed=int(rng.integers(2**31)))
-        noisy = rng.random() < 0.5
+        noisy, goal = rng.random() < 0.5, int(rng.integers(len(goal_input)))
         for step in range(100):
             if step % repeat == 0:
                 with torch.no_grad():
                     s = normaliser(torch.from_numpy(observation[:obs_dim])[None])
-                    mean, log_std = actor(s)
+                    mean, log_std = actor(torch.cat([s, goal_input[[goal]]], -1))
                     noise = torch.from_numpy(rng.standard_normal(mean.shape, np.float32))
                     a = torch.tanh(mean + noisy * log_std.exp() * noise)
             observation, *_ = env.step(ACTION_SCALE * a[0].numpy())
@@ -675,7 +677,7 @@ def overrated_states(
     poses, excess, scale = [], [], []
     for meaning, s in zip(SOUGHT, scores.T, strict=True):
         truth = truth_of(meaning, known)
-        zero, one = s[truth < 0.1].mean(), s[truth > 0.9].mean()
+        zero, one = s[truth < 0.1].mean(), s[truth >= min(0.9, truth.max())].mean()
         e = (s - zero) / (one - zero) - truth
         parents = rng.choice(np.argsort(-e)[: 6 * LINEAGES], LINEAGES, replace=False)
         poses.append(known.qpos[parents])
