@@ -65,7 +65,7 @@ except Exception as error:  # mujoco raises whatever its GL loader raised
     raise SystemExit(2) from None
 
 HERE = Path(__file__).resolve().parent
-# spawn imports torch anew in each worker; elsewhere than on Linux fork is not safe
+# fork spares each worker the import of torch, but is safe on Linux only
 START_METHOD = "fork" if sys.platform == "linux" else "spawn"
 # Set by torchrun; a script that was started alone is rank 0 of 1.
 RANK, LOCAL_RANK = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
@@ -174,13 +174,9 @@ def check(condition: bool, message: str, exit_code: int = 2) -> None:
         raise SystemExit(exit_code)
 
 
-def flag(name: str) -> str:
-    return name.replace("_", "-")
-
-
 def check_args(args: Args) -> None:
-    def require(name: str, condition: bool, remedy: str) -> None:
-        check(condition, f"--{flag(name)} {getattr(args, name)}: {remedy}")
+    def require(name: str, condition: object, remedy: str) -> None:
+        check(condition, f"--{name.replace('_', '-')} {getattr(args, name)}: {remedy}")
 
     for name in ("total_timesteps", "num_envs", "eval_every", "eval_episodes", "final_episodes",
                  "checkpoint_every", "frame_size", "score_every", "buffer_size", "batch_size",
@@ -199,8 +195,7 @@ def check_args(args: Args) -> None:
     remedy = "must be finite and greater than 0; leave it out to take the CLIP's own"
     require("temperature", own or 0 < args.temperature < math.inf, remedy)
     require("beta", args.beta is None or math.isfinite(args.beta), "must be finite")
-    calibrated = args.beta is None and args.reward != "env"
-    labels = calibrated or not args.calibrate_with_labels
+    labels = args.beta is None and args.reward != "env" or not args.calibrate_with_labels
     require("calibrate_with_labels", labels, "not together with --beta or --reward env")
     divides = MAX_STEPS % args.score_every == 0
     require("score_every", divides, f"must divide the {MAX_STEPS} steps of an episode")
@@ -212,7 +207,7 @@ def check_args(args: Args) -> None:
     require("frame_stack", args.frame_stack <= args.score_every, remedy)
     remedy = f"larger than --buffer-size {args.buffer_size}; lower it"
     require("batch_size", args.batch_size <= args.buffer_size, remedy)
-    least = MAX_STEPS * args.num_envs
+    least = 0 if args.evaluate else MAX_STEPS * args.num_envs
     remedy = f"holds fewer than two episodes of each environment; raise it to {2 * least}"
     require("buffer_size", args.buffer_size >= 2 * least, remedy)
     least *= WORLD_SIZE
@@ -220,7 +215,7 @@ def check_args(args: Args) -> None:
         remedy = f"cuts every episode of {MAX_STEPS} steps short; raise it to {least}"
         require(name, getattr(args, name) >= least, remedy)
     wandb = importlib.util.find_spec("wandb")
-    require("track", not args.track or wandb is not None, "wandb is missing; pip install wandb")
+    require("track", not args.track or wandb, "wandb is missing; pip install wandb")
     alone = WORLD_SIZE == 1
     require("evaluate", alone or args.evaluate is None, "start it without torchrun")
     require("tour", alone or not args.tour, "start it without torchrun")
@@ -256,12 +251,7 @@ KINDS = ("ball", "block", "duck", "mug", "car", "bear", "plane", "mushroom")
 PLACES = {"bed": "on the bed", "table": "on the table", "toy box": "in the toy box"}
 TOY_NAMES = [(colour, kind) for colour in COLOURS for kind in KINDS]
 # One toy in five is never named in training, by any family; every colour and kind is.
-HELDOUT_TOYS = [
-    (colour, kind)
-    for i, colour in enumerate(COLOURS)
-    for j, kind in enumerate(KINDS)
-    if (i + j) % 5 == 0
-]
+HELDOUT_TOYS = [toy for i, toy in enumerate(TOY_NAMES) if sum(divmod(i, len(KINDS))) % 5 == 0]
 
 
 def goals_of(toys: Iterable[tuple[str, str]]) -> tuple[Goal, ...]:
@@ -382,7 +372,7 @@ STRIDE, TURN = 0.2, math.radians(25)  # of one step
 APART = 1.5  # m, at least, from the start to the goal's toy, or a random walk finds it
 TILTS = tuple(math.radians(degrees) for degrees in (-50, -25, 0))  # of the view
 GRAB_FROM, RELEASE_FROM = (0.4, 0.9), (0.42, 0.58)  # m on the floor, for a sure success
-TOY_GROUP = 1  # of the geoms that a carried toy passes through
+TOY_GROUP = 1  # of the geoms of toys and the agent, which rays ignore
 REACH = 1.2  # m from the eye: what can be grabbed
 NEAR, SEEN, CENTRAL = 1.2, 0.006, 0.2  # found: m from the eye, share of the frame, off its middle
 AT_REST = 0.3  # m/s, at most, of a toy that is placed
@@ -528,9 +518,8 @@ class PlayhouseEnv(gym.Env):
     def _furniture(self, spec: mujoco.MjSpec) -> None:
         self.furniture = {}  # name -> (x, y, angle)
         for name, (w, d, parts) in FURNITURE.items():
-            x, y, quarter, half = self._against_a_wall(w, d)
+            x, y, angle, half = self._against_a_wall(w, d)
             self.obstacles.append((x, y, *half))
-            angle = quarter * math.pi / 2
             self.furniture[name] = x, y, angle
             body = spec.worldbody.add_body(name=name, pos=(x, y, 0), quat=about_z(angle))
             tone = self._tone(0.35, 0.6) * (1.0, 0.85, 0.7)
@@ -539,7 +528,7 @@ class PlayhouseEnv(gym.Env):
                 body.add_geom(type=mujoco.mjtGeom.mjGEOM_BOX, size=size, pos=pos, rgba=(*rgb, 1))
 
     def _against_a_wall(self, w: float, d: float):
-        """A free place for a piece: x, y, quarter turns, half sizes along x and y after them."""
+        """A free place for a piece: x, y, angle, and half sizes along x and y, turned by it."""
         rng = self.np_random
         for _ in range(200):
             quarter = int(rng.integers(4))
@@ -551,7 +540,7 @@ class PlayhouseEnv(gym.Env):
             x = (x, low[0], x, high[0])[quarter]
             y = (high[1], y, low[1], y)[quarter]
             if self._is_free(x, y, hx + 0.1, hy + 0.1):
-                return x, y, quarter, (hx, hy)
+                return x, y, quarter * math.pi / 2, (hx, hy)
         raise NoRoom
 
     def _is_free(self, x: float, y: float, hx: float, hy: float) -> bool:
@@ -605,12 +594,11 @@ class PlayhouseEnv(gym.Env):
             agent.add_joint(name=name, type=mujoco.mjtJoint.mjJNT_SLIDE, axis=axis)
         agent.add_joint(name="yaw", type=mujoco.mjtJoint.mjJNT_HINGE, axis=(0, 0, 1))
         self._start = x, y, self.np_random.uniform(-math.pi, math.pi)
-        shapes = mujoco.mjtGeom
         agent.add_geom(
-            type=shapes.mjGEOM_CYLINDER, size=(RADIUS, 0.35, 0), pos=(0, 0, 0.4),
+            type=mujoco.mjtGeom.mjGEOM_CYLINDER, size=(RADIUS, 0.35, 0), pos=(0, 0, 0.4),
             rgba=(0, 0, 0, 0), density=2000, group=TOY_GROUP, condim=1, priority=1,  # slides
         )  # fmt: skip
-        skin = {"type": shapes.mjGEOM_BOX, "contype": 0, "conaffinity": 0}
+        skin = {"type": mujoco.mjtGeom.mjGEOM_BOX, "contype": 0, "conaffinity": 0}
         skin |= {"rgba": (0.85, 0.62, 0.48, 1)}
         agent.add_geom(size=(0.09, 0.02, 0.016), pos=(0.32, -0.16, 0.42), **skin)
         agent.add_geom(size=(0.045, 0.03, 0.01), pos=(0.44, -0.14, 0.43), **skin)
@@ -689,15 +677,12 @@ class PlayhouseEnv(gym.Env):
         return self._frame(), float(info["success"]), False, False, info
 
     def _grab(self) -> None:
-        views = [(*self._view(toy), toy) for toy in range(len(self.toys))]
-        reachable = [
-            (distance, toy)
-            for distance, angle, toy in views
-            if distance < REACH and angle < math.radians(22) and self._in_sight(toy)
-        ]
-        if reachable:
-            self.held = min(reachable)[1]
-            self._solid(self.held, False)
+        for toy in sorted(range(len(self.toys)), key=self._view):  # the nearest first
+            distance, angle = self._view(toy)
+            if distance < REACH and angle < math.radians(22) and self._in_sight(toy):
+                self.held = toy
+                self._solid(toy, False)
+                return
 
     def _in_sight(self, toy: int) -> bool:
         """No wall or furniture stands between the eye and the toy."""
@@ -773,7 +758,7 @@ class PlayhouseEnv(gym.Env):
     def _view(self, toy: int) -> tuple[float, float]:
         """A toy's distance from the eye (m) and angle from the middle of the view (radians)."""
         eye = self.data.camera(f"eye{self._tilt}")
-        to_toy = self.data.xpos[self._toy_bodies[toy].id] - eye.xpos
+        to_toy = self.toy_position(toy) - eye.xpos
         distance = float(np.linalg.norm(to_toy))
         cosine = -eye.xmat[2::3] @ to_toy / distance
         return distance, math.acos(min(max(cosine, -1), 1))
@@ -797,9 +782,8 @@ class PlayhouseEnv(gym.Env):
         renderer.enable_segmentation_rendering()
         geoms = renderer.render()[..., 0]  # [H, W], -1 where there is none
         renderer.disable_segmentation_rendering()
-        seen = np.argwhere(
-            (self.model.geom_bodyid[geoms] == self._toy_bodies[toy].id) & (geoms >= 0)
-        )
+        own = self.model.geom_bodyid[geoms] == self._toy_bodies[toy].id
+        seen = np.argwhere(own & (geoms >= 0))
         if len(seen) < SEEN * self.width * self.height:
             return False
         middle = seen.mean(0) / (self.height, self.width)
@@ -920,7 +904,7 @@ def tour(path: Path, seed: int) -> list[str]:
     """A video of a walk that finds a toy, lifts it and places it; returns what it missed."""
     goals = [goal for goal in TRAIN_GOALS if goal.family == "place"]
     goal = goals[seed % len(goals)]
-    env = PlayhouseEnv("rgb_array", width=320, height=320)
+    env = PlayhouseEnv("rgb_array", width=VIDEO_SIZE, height=VIDEO_SIZE)
     film = [env.reset(seed=seed, options={"goal": goal})[0]]
     missed = []
     for stage in (*(Goal(family, goal.colour, goal.kind) for family in ("find", "lift")), goal):
@@ -1006,11 +990,11 @@ def family_scores(rewards: torch.Tensor, temperature: float) -> torch.Tensor:
     return p
 
 
-def random_play(envs, score, episodes: int, key: tuple, args: Args):
+def random_play(envs, score, key: tuple, args: Args):
     """Scores [M, 240] of the frames of random episodes and, if the environments tell, whether the
     goals are reached in them [M, 240], else None."""
     rng, scores, reached = np.random.default_rng(key), [], []
-    for first in range(0, episodes, envs.num_envs):
+    for first in range(0, args.calibration_episodes, envs.num_envs):
         seeds = [reset_seed(*key, first + i) for i in range(envs.num_envs)]
         with worker_failures(envs, "calibration"):
             envs.reset_async(seed=seeds)
@@ -1038,7 +1022,8 @@ def calibrate(scores: torch.Tensor, reached: torch.Tensor | None, rate: float) -
 
 
 # What the network knows of the past: how often each action was taken of late, as running averages
-# over the last step, the last 5 or so, and the last 20. Else who sees no toy turns left and right.
+# over the last step, the last 5 or so, and the last 20. Without it an agent that sees no toy turns
+# left and right for ever.
 RATES = (1.0, 0.2, 0.05)
 TRACES = len(RATES) * len(ACTIONS)
 
@@ -1054,17 +1039,16 @@ class Replay:
     """A ring of blocks: K steps of all N environments, and the frames that follow the last of them.
 
     Environments are reset only between blocks, so that within one s' is simply the next frame, and
-    goal and episode are constant. Each step keeps its scores for all training goals. A time t is
-    the number of steps before it: the step is in block t // K, which lies at t // K % C.
+    goal and episode are constant. Each step keeps its scores for all training goals. Step t,
+    counted from the run's first, is row t % K of block t // K, which lies at slot t // K % C.
     """
 
     def __init__(self, capacity: int, steps: int, seen: torch.Tensor, stack: int, device: str):
-        """For what N environments `seen` like this one [N, h, w, C], `stack` of them a state."""
-        num_envs = len(seen)
-        self.blocks, self.num_envs, self.steps = capacity // (num_envs * steps), num_envs, steps
-        self.stack, self.device = stack, device
+        """`seen` [N, h, w, C]: like what N environments see, of which a state stacks some."""
+        K, N = steps, len(seen)
+        self.blocks = C = capacity // (N * K)
+        self.num_envs, self.steps, self.stack, self.device = N, K, stack, device
         self.head = 0  # the next block
-        C, K, N = self.blocks, steps, num_envs
         rings = {
             "seen": ((C, K + 1, *seen.shape), seen.dtype),
             "action": ((C, K, N), torch.uint8),
@@ -1083,10 +1067,7 @@ class Replay:
             f"--buffer-size {capacity}: takes {need / 2**30:.1f} GiB, and the {device} has "
             f"{memory / 2**30:.1f} GiB; lower it",
         )
-        self.data = {
-            name: torch.zeros(shape, dtype=dtype, device=device)
-            for name, (shape, dtype) in rings.items()
-        }
+        self.data = {k: torch.zeros(s, dtype=t, device=device) for k, (s, t) in rings.items()}
 
     def add(self, **block: torch.Tensor) -> None:
         """seen [K + 1, N, h, w, C], action [K, N], traces [K, N, 27], score [K, N, 190], goal [N],
@@ -1098,14 +1079,7 @@ class Replay:
         self.data["last"][ago[:, None] * self.steps <= block["age"]] = self.head
         self.head += 1
 
-    def sample(
-        self,
-        batch_size: int,
-        beta: torch.Tensor,
-        relabel: float,
-        n_step: int,
-        generator: torch.Generator,
-    ):
+    def sample(self, batch_size: int, beta: torch.Tensor, relabel: float, n_step: int, generator):
         """Transitions of `n_step` steps, fewer where the goal is reached or the episode ends.
 
         Returns s; a [B], the first action; r [B] in {0, 1}, whether the goal is reached at s'; s';
@@ -1117,14 +1091,14 @@ class Replay:
             return torch.randint(high, (batch_size,), generator=generator, device=self.device)
 
         d, C, K = self.data, self.blocks, self.steps
-        oldest = max(0, self.head - C + 1)  # its own frames may reach back into the one before
+        oldest = max(0, self.head - C + 1)  # whose scores and frames reach back into the one before
         t, n = oldest * K + draw((self.head - oldest) * K), draw(self.num_envs)
         goal, age = d["goal"][t // K % C, n], d["age"][t // K % C, n] + t % K
         left = (d["last"][t // K % C, n] + 1) * K - t  # steps of the episode, this one included
         if relabel > 0:
             # Hindsight: a goal that is reached by this step or at one of 7 later moments, but did
-            # not hold before: it would have ended an episode of its own. What a first frame shows
-            # is not scored; the next one stands in for it.
+            # not hold before: it would have ended an episode of its own. (The own one did, but only
+            # at the block's end.) A first frame is not scored; the next one stands in for it.
             u = torch.rand((batch_size, 8), generator=generator, device=self.device)
             u[:, 0] = 0
             moments, before = t[:, None] + (u * left[:, None]).long(), t - (age > 0).long()
@@ -1150,8 +1124,7 @@ class Replay:
         return self.data[name][(t // self.steps % self.blocks, t % self.steps, *index)]
 
     def _frames(self, t: torch.Tensor, n: torch.Tensor, after: int) -> torch.Tensor:
-        """The stack of frames up to the one before step t, or `after` it; none of an episode before
-        its own."""
+        """The last frames of its episode before step t, with the one that follows it if `after`."""
         block, row = t // self.steps, t % self.steps + after
         age = self.data["age"][block % self.blocks, n] + row
         frames = []
@@ -1370,6 +1343,7 @@ def evaluate(
 
 def write_video(film: np.ndarray, path: Path, writer: SummaryWriter | None, step: int) -> None:
     """An mp4, and in TensorBoard a small animation (torch's own needs moviepy 1)."""
+    path.parent.mkdir(exist_ok=True)
     imageio.mimwrite(path, film, fps=10, macro_block_size=1)
     if writer is not None:
         small = film[::2, ::2, ::2]
@@ -1413,24 +1387,27 @@ def parse_args() -> Args:
     if run is None:
         return args
     # What may differ from the run's own arguments; the rest would make it another run.
+    free = {"resume", "evaluate", "device", "worker_timeout"}
     if args.resume:
-        state, free = load_checkpoint(run, "last.pt", "--resume"), {"total_timesteps"}
+        state, free = load_checkpoint(run, "last.pt", "--resume"), free | {"total_timesteps"}
         ranks = len(state["ranks"])
         check(
             ranks == WORLD_SIZE,
             f"--resume {run}: has {ranks} rank(s); torchrun --nproc-per-node={ranks}",
         )
-    else:  # the folder of the CLIP may have another path on another machine
+    else:
         state = load_checkpoint(run, "best.pt", "--evaluate")
-        free = {"final_episodes", "num_envs", "precision", "worker_timeout", "clip_model"}
-    saved, free = Args(**state["args"]), free | {"resume", "evaluate", "device"}
+        free |= {"final_episodes", "num_envs", "precision", "clip_model"}
+    saved = Args(**state["args"])
+    if os.path.isabs(saved.clip_model) and not os.path.exists(saved.clip_model):
+        free |= {"clip_model"}  # its folder was moved, or this is another machine
     saved.output = Path(saved.output)
     args = tyro.cli(Args, default=saved, description=__doc__)
     for name, old in asdict(saved).items():
         new = getattr(args, name)
         check(
             old == new or name in free,
-            f"--{flag(name)} {new}: {run} was started with {old}; leave it out",
+            f"--{name.replace('_', '-')} {new}: {run} was started with {old}; leave it out",
         )
     return args
 
@@ -1467,8 +1444,10 @@ def main() -> None:
             args.clip_model, [goal.prompt for goal in GOALS], args.baseline, args.alpha,
             precision=args.precision, compile=args.compile,
         )  # fmt: skip
+        blank = np.zeros((args.num_envs, args.frame_size, args.frame_size, 3), np.uint8)
         if args.policy_input == "clip":
-            clip.encode_maps(np.zeros((1, args.frame_size, args.frame_size, 3), np.uint8))
+            with torch.compiler.set_stance("force_eager"):  # to compile would start CUDA
+                clip.encode_maps(blank[:1])
     except ValueError as error:
         check(False, str(error))
     # The workers are forked before this process touches CUDA, and never touch it themselves.
@@ -1482,14 +1461,13 @@ def main() -> None:
         backend = "nccl" if device == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=2))  # they wait for evaluations
     clip.to(device)
-    shared = clip.goal[: len(TRAIN_GOALS)].mean(0)  # it tells no goal from another
+    shared = clip.goal[: len(TRAIN_GOALS)].mean(0)  # what all prompts have in common
     text = F.normalize(clip.goal - shared, dim=-1)  # [240, D]
     train_goals, heldout_goals = goals_for(args, TRAIN_GOALS), goals_for(args, HELDOUT_GOALS)
 
     threads = torch.get_num_threads()
     torch.manual_seed(args.seed)
-    blank = np.zeros((args.num_envs, args.frame_size, args.frame_size, 3), np.uint8)
-    # Of a large CLIP's embeddings the network gets what tells the goals apart.
+    # The network sees CLIP's embeddings along the (at most 128) directions in which goals differ.
     axes = torch.linalg.svd(text[: len(TRAIN_GOALS)], full_matrices=False).Vh[:128]
     projection = axes.T.contiguous()  # [D, C]
 
@@ -1502,8 +1480,8 @@ def main() -> None:
         return (maps @ projection).half(), s
 
     example, _ = see(blank)
-    seen = example.repeat(1, 1, 1, args.frame_stack)
-    q_network = QNetwork(seen, projection.shape[1]).to(device)
+    stacked = example.repeat(1, 1, 1, args.frame_stack)
+    q_network = QNetwork(stacked, projection.shape[1]).to(device)
     target = copy.deepcopy(q_network).requires_grad_(False)
     adam = {"lr": args.learning_rate, "fused": True, "capturable": device == "cuda"}
     optimizer = torch.optim.Adam(q_network.parameters(), **adam)
@@ -1537,25 +1515,19 @@ def main() -> None:
     def policy(stack, traces, goal, generator: torch.Generator) -> torch.Tensor:
         """Actions [N], drawn from the softmax over Q."""
         p = probabilities(q_network(stack, traces, text[goal] @ projection))
-        return torch.multinomial(p, 1, generator=generator)[:, 0]
+        # As torch.multinomial, which would answer NaN with a traceback instead of stop_if_nan.
+        return (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1)
 
     def play_randomly(stack, traces, goal, generator: torch.Generator) -> torch.Tensor:
-        options = {"generator": generator, "device": device}
-        return torch.randint(len(ACTIONS), (len(goal),), **options)
+        return torch.randint(len(ACTIONS), goal.shape, generator=generator, device=device)
 
-    clip_reached = None
-    if args.reward != "env":
-        clip_reached = lambda frames, embeddings, goal: is_reached(score(frames, embeddings), goal)
+    clip_reached = None if args.reward == "env" else lambda f, s, g: is_reached(score(f, s), g)
 
     def final_report(run: Path) -> None:
         """The best and the last agent, beside a random one, in unseen homes."""
         report, key = defaultdict(dict), (args.seed, REPORT)
-        players = {
-            "random": ("best.pt", play_randomly),
-            "last": ("last.pt", policy),
-            "best": ("best.pt", policy),
-        }
-        for name, (file, player) in players.items():
+        for name, player in (("random", play_randomly), ("last", policy), ("best", policy)):
+            file = "last.pt" if name == "last" else "best.pt"
             if not (run / file).exists():
                 continue  # killed between its first evaluation and its first checkpoint
             state = load_checkpoint(run, file, "--evaluate")
@@ -1587,7 +1559,6 @@ def main() -> None:
     run = args.resume or Path("runs") / gather(name)[0]
     replay_folder = run / "replay" / str(RANK)
     replay_folder.mkdir(parents=True, exist_ok=args.resume is not None)
-    (run / "videos").mkdir(exist_ok=True)
     step, updates, saved_block, best_success = 0, 0, 0, -math.inf
     episode = np.zeros(args.num_envs, np.int64)  # how often each environment was reset
     if args.resume is not None:
@@ -1604,9 +1575,7 @@ def main() -> None:
         best_success, episode[:] = state["best_success"], state["ranks"][RANK]["episode"]
         replay.load(replay_folder, saved_block)
     elif args.reward != "env" and args.beta is None:
-        scores, truth = random_play(
-            envs, score, args.calibration_episodes, (args.seed, CALIBRATION), args
-        )
+        scores, truth = random_play(envs, score, (args.seed, CALIBRATION), args)
         beta.copy_(calibrate(scores, truth, args.false_positive_rate))
         average(beta)  # all ranks played in the same homes: alike but for rounding
         if RANK == 0:
@@ -1667,8 +1636,9 @@ def main() -> None:
         seconds[stage] += time.time() - clock
         clock = time.time()
 
-    def update(s_t, a_t, r_t, s_next, n, e) -> dict[str, torch.Tensor]:
+    def update(seen, traces, a_t, r_t, seen_next, traces_next, n, e) -> dict[str, torch.Tensor]:
         """One gradient step on a batch, with the goals' embeddings e [B, C]; returns the losses."""
+        s_t, s_next = (seen, traces), (seen_next, traces_next)
         with torch.no_grad():
             q_next = target(*s_next, e)  # [B, 9]
             p_next = probabilities(q_network(*s_next, e) if args.double_q else q_next)
@@ -1694,7 +1664,7 @@ def main() -> None:
     stack = seen.repeat(1, 1, 1, args.frame_stack)
     traces = torch.zeros(args.num_envs, TRACES, device=device)  # of the actions before
     starts = torch.ones(args.num_envs, dtype=torch.bool, device=device)  # of an episode
-    # Whose action is random now, and which it is: both are drawn at the start.
+    # Whose action is random now, and which it is: drawn at the start, then every --explore-steps.
     exploring, wander = torch.zeros_like(starts), torch.zeros_like(starts, dtype=torch.int64)
     age = np.zeros(args.num_envs, np.int64)  # steps of the running episodes
     pending = []  # steps of the running block
@@ -1729,7 +1699,7 @@ def main() -> None:
             s_t, a_t, r_t, s_next, n, g = replay.sample(
                 args.batch_size, beta, args.relabel_fraction, args.n_step, generator
             )
-            losses = update(s_t, a_t, r_t, s_next, n, text[g] @ projection)
+            losses = update(*s_t, a_t, r_t, *s_next, n, text[g] @ projection)
             updates += 1
             if updates % args.target_every == 0:
                 target.load_state_dict(q_network.state_dict())
@@ -1783,8 +1753,8 @@ def main() -> None:
         lap("clip")
 
         # ---- Evaluate, log, save, reset
-        if evaluates or saves:
-            stop_if_nan("the network", q_network.parameters())
+        if evaluates or saves or step // boundary % 50 == 0:
+            stop_if_nan("a network or loss", (*q_network.parameters(), *losses.values()))
         if evaluates and RANK == 0:  # the others wait in the next average or gather
             key = args.seed, SELECTION
             summary, _ = evaluate(
@@ -1802,7 +1772,6 @@ def main() -> None:
                 save_checkpoint("best.pt", ranks=[])
             lap("evaluate")
         if saves or step // boundary % 50 == 0:
-            stop_if_nan("a loss", losses.values())
             if RANK == 0:
                 scalars = {f"losses/{name}": value.item() for name, value in losses.items()}
                 scalars |= {name: np.mean(values) for name, values in episodes.items() if values}

@@ -10,10 +10,10 @@ r"""Train a MuJoCo humanoid to take a pose described by one sentence: SAC on a C
         --full-observation --action-repeat 1 --greedy-envs 0 --no-anneal-lr  # the paper's settings
     torchrun --standalone --nproc-per-node=4 sac_clip_humanoid.py        # on several GPUs
 
-CLIP looks at each frame and says how far it lies on the way from the baseline prompt ("a humanoid
-robot") to the goal prompt ("a humanoid robot kneeling"). That number is the whole reward: no state,
-no demonstration, no hand-written term. Whether the agent succeeds is judged apart from it, by
-predicates on the simulator's state.
+CLIP looks at a frame and says how well it fits the goal prompt ("a humanoid robot kneeling"); with
+--alpha, what tells that prompt from the baseline ("a humanoid robot") counts more. That number is
+the whole reward: no state, no demonstration, no hand-written term. Whether the agent succeeds is
+judged apart from it, by predicates on the simulator's state.
 
 Paper: Rocamonde et al., "Vision-Language Models are Zero-Shot Reward Models for Reinforcement
 Learning", ICLR 2024, https://arxiv.org/abs/2310.12921
@@ -73,14 +73,14 @@ except Exception as error:  # mujoco raises whatever its GL loader raised
     raise SystemExit(2) from None
 
 HERE = Path(__file__).resolve().parent
-# spawn imports torch anew in each worker; elsewhere than on Linux fork is not safe
+# fork spares each worker the import of torch, but is safe on Linux only
 START_METHOD = "fork" if sys.platform == "linux" else "spawn"
 # Set by torchrun; a script that was started alone is rank 0 of 1.
 RANK, LOCAL_RANK = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 LOCAL_WORLD_SIZE = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # ranks on this machine
 MAX_STEPS = 100  # of an episode
-ACTION_SCALE = 0.4  # torque limit of Humanoid-v5; policies act in [-1, 1]
+ACTION_SCALE = 0.4  # control limit of Humanoid-v5; policies act in [-1, 1]
 
 
 @dataclass
@@ -102,7 +102,8 @@ class Args:
     """env steps between checkpoints; running episodes are cut short there"""
     capture_video: bool = True  # record an episode at each evaluation, at 320 pixels
     resume: Path | None = None  # a run's folder to continue, with the arguments it was started with
-    evaluate: Path | None = None  # a run's folder whose best agent to replay, instead of training
+    evaluate: Path | None = None
+    """a run's folder whose agents to replay, beside random and zero, instead of training"""
     track: bool = False  # log to Weights and Biases too (pip install wandb)
     wandb_project_name: str = "clip-rl"  # its project
     wandb_entity: str | None = None  # its team
@@ -153,8 +154,8 @@ class Args:
     batch_size: int = 128  # transitions per update and rank
     learning_rate: float = 6e-4  # of actor, critics and temperature
     anneal_lr: bool = True
-    """lower the learning rates linearly to 0 at --total-timesteps; a resume with another one
-    changes the slope from there on"""
+    """lower the learning rates linearly to 0 at --total-timesteps; a resume with a larger one jumps
+    back up, to the line of the longer run"""
     gamma: float = 0.95  # discount factor, per action
     tau: float = 0.005  # fraction of the critics that enters their targets per update
     actor_tau: float = 0.0003
@@ -171,20 +172,16 @@ class Args:
     layer_norm: bool = False  # in the critics, against overestimated values
 
 
-def check(condition: bool, message: str, exit_code: int = 2) -> None:
-    """Else stop, with one line that names the flag, the value and the remedy."""
+def check(condition: object, message: str, exit_code: int = 2) -> None:
+    """Unless the condition holds, stop with one line that names flag, value and remedy."""
     if not condition:
         print(message, file=sys.stderr)
         raise SystemExit(exit_code)
 
 
-def flag(name: str) -> str:
-    return name.replace("_", "-")
-
-
 def check_args(args: Args) -> None:
-    def require(name: str, condition: bool, remedy: str) -> None:
-        check(condition, f"--{flag(name)} {getattr(args, name)}: {remedy}")
+    def require(name: str, condition: object, remedy: str) -> None:
+        check(condition, f"--{name.replace('_', '-')} {getattr(args, name)}: {remedy}")
 
     for name in ("total_timesteps", "num_envs", "eval_every", "eval_episodes", "final_episodes",
                  "checkpoint_every", "frame_size", "score_every", "buffer_size", "batch_size",
@@ -194,14 +191,12 @@ def check_args(args: Args) -> None:
     require("seed", 0 <= args.seed < 2**63, "must be at least 0 and less than 2**63")
     divides = MAX_STEPS % args.action_repeat == 0
     require("action_repeat", divides, f"must divide the {MAX_STEPS} steps of an episode")
-    learned = args.ent_coef is None
     remedy = "must be finite and greater than 0; leave it out to learn it"
-    require("ent_coef", learned or 0 < args.ent_coef < math.inf, remedy)
+    require("ent_coef", args.ent_coef is None or 0 < args.ent_coef < math.inf, remedy)
     require("learning_starts", args.learning_starts >= 0, "must be at least 0")
-    for name in ("alpha", "greedy_envs", "actor_tau", "relabel_fraction"):
+    for name in ("alpha", "greedy_envs", "tau", "actor_tau", "relabel_fraction"):
         require(name, 0 <= getattr(args, name) <= 1, "must lie between 0 and 1")
     require("gamma", 0 <= args.gamma < 1, "must be at least 0 and less than 1")
-    require("tau", args.tau <= 1, "must be at most 1")
     require("task", args.task in (*TASKS, "all"), f"choose one of {', '.join(TASKS)}, or all")
     from_clip = args.reward == "clip" and args.goal is None
     require("task", args.task != "all" or from_clip, "not together with --goal or --reward env")
@@ -214,13 +209,12 @@ def check_args(args: Args) -> None:
     remedy = f"holds fewer than three steps of each environment; raise it to {least}"
     require("buffer_size", args.buffer_size >= least, remedy)
     least = MAX_STEPS * args.num_envs * WORLD_SIZE
-    for name in ("eval_every", "checkpoint_every"):
+    for name in () if args.evaluate else ("eval_every", "checkpoint_every"):
         remedy = f"cuts every episode of {MAX_STEPS} steps short; raise it to {least}"
         require(name, getattr(args, name) >= least, remedy)
     wandb = importlib.util.find_spec("wandb")
-    require("track", not args.track or wandb is not None, "wandb is missing; pip install wandb")
-    alone = WORLD_SIZE == 1
-    require("evaluate", alone or args.evaluate is None, "start it without torchrun")
+    require("track", not args.track or wandb, "wandb is missing; pip install wandb")
+    require("evaluate", WORLD_SIZE == 1 or args.evaluate is None, "start it without torchrun")
     cuda = args.device != "cuda" or torch.cuda.is_available()
     require("device", cuda, "no such device; take cpu, or install a CUDA build of torch")
 
@@ -448,8 +442,6 @@ class HumanoidEnv(MujocoHumanoid):
         self.metadata = HumanoidEnv.metadata
         shape = self.observation_space.shape
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, shape, np.float32)
-        self._geom = {self.model.geom(i).name: i for i in range(self.model.ngeom)}
-        self._body = {self.model.body(i).name: i for i in range(self.model.nbody)}
 
     def _initialize_simulation(self):
         spec = mujoco.MjSpec.from_file(self.fullpath)
@@ -477,7 +469,7 @@ class HumanoidEnv(MujocoHumanoid):
 
     def step(self, action):
         observation, reward, terminated, truncated, _ = super().step(action)
-        # mj_step leaves the geometry one substep behind qpos; CLIP and predicate see the present.
+        # mj_step leaves the geometry a little behind qpos; CLIP and predicate see the present.
         mujoco.mj_kinematics(self.model, self.data)
         info = {} if self.task is None else {"goal_state": self.in_goal_state()}
         return observation, float(reward), terminated, truncated, info
@@ -501,17 +493,16 @@ class HumanoidEnv(MujocoHumanoid):
 
     def pose(self) -> Pose:
         data, sides = self.data, ("right", "left")
-        geoms = lambda name: data.geom_xpos[[self._geom[f"{side}_{name}"] for side in sides]]
-        bodies = lambda name: data.xpos[[self._body[f"{side}_{name}"] for side in sides]]
-        chest, trunk = data.xpos[self._body["torso"]], data.xmat[self._body["torso"]].reshape(3, 3)
-        pelvis = data.xmat[self._body["pelvis"]].reshape(3, 3)
+        geoms = lambda name: np.stack([data.geom(f"{side}_{name}").xpos for side in sides])
+        bodies = lambda name: np.stack([data.body(f"{side}_{name}").xpos for side in sides])
+        chest, trunk = data.body("torso").xpos, data.body("torso").xmat.reshape(3, 3)
+        pelvis = data.body("pelvis").xmat.reshape(3, 3)
         y = pelvis[:, 1] * (1, 1, 0)  # its left, laid on the floor
         y /= np.linalg.norm(y) + 1e-9
         heading = np.stack([[y[1], -y[0], 0.0], y, [0.0, 0.0, 1.0]], 1)  # columns x, y, z
-        seat = data.geom_xpos[self._geom["butt"]]
+        seat, seat_tilt = data.geom("butt").xpos, abs(data.geom("butt").xmat[8])  # of its axis
         under_seat = seat * (1, 1, 0)
         com = self.model.body_mass @ data.xipos / self.model.body_mass.sum()
-        seat_tilt = abs(data.geom_xmat[self._geom["butt"]][8])  # of the capsule's axis
         knees, feet, hands = bodies("shin"), geoms("foot"), geoms("hand")
         return Pose(
             upright=float(trunk[2, 2]),
@@ -527,7 +518,7 @@ class HumanoidEnv(MujocoHumanoid):
             feet=(feet - under_seat) @ heading,
             elbows=(bodies("lower_arm") - chest) @ trunk,
             hands=(hands - chest) @ trunk,
-            hands_above_head=hands[:, 2] - data.geom_xpos[self._geom["head"]][2] - 0.09,
+            hands_above_head=hands[:, 2] - data.geom("head").xpos[2] - 0.09,
         )
 
     def in_goal_state(self) -> bool | np.ndarray:
@@ -696,13 +687,13 @@ class Replay:
     def save(self, folder: Path, first: int) -> None:
         """Append rows [first, head) as one file, after an end of all episodes; what is on disk
         already is not written again."""
-        first = max(first, self.head - self.rows)
-        rows = torch.arange(first, self.head) % self.rows
+        start = max(first, self.head - self.rows)
+        slots = torch.arange(start, self.head) % self.rows
         part = {
-            "data": [ring[rows].cpu() for ring in self.data],
-            "starts": [row for row in self.starts if row >= first],
+            "data": [ring[slots].cpu() for ring in self.data],
+            "starts": [row for row in self.starts if row >= start],
         }
-        atomic_save(part, folder / f"{first}-{self.head}.pt")
+        atomic_save(part, folder / f"{start}-{self.head}.pt")
         for path in folder.glob("*-*.pt"):
             if int(path.stem.split("-")[1]) <= first - self.rows:  # not even last.pt needs it
                 path.unlink()
@@ -805,8 +796,8 @@ class Normaliser(nn.Module):
         var = ((x - mean) ** 2).mean(0)
         average(var)
         total, delta = self.count + n, mean - self.mean
-        m2 = self.var * self.count + var * n
-        self.var.copy_((m2 + delta**2 * self.count * n / total) / total)
+        squares = self.var * self.count + var * n  # summed, of the deviations from either mean
+        self.var.copy_((squares + delta**2 * self.count * n / total) / total)
         self.mean += delta * n / total
         self.count.copy_(total)
 
@@ -821,10 +812,10 @@ class TwinQ(nn.Module):
         super().__init__()
         self.layer_norm = layer_norm
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
-        for m, n in ((obs_dim + act_dim, hidden), (hidden, hidden), (hidden, 1)):
-            bound = 1 / math.sqrt(m)  # as nn.Linear does
-            self.weights.append(nn.Parameter(torch.empty(2, m, n).uniform_(-bound, bound)))
-            self.biases.append(nn.Parameter(torch.empty(2, 1, n).uniform_(-bound, bound)))
+        for fan_in, out in ((obs_dim + act_dim, hidden), (hidden, hidden), (hidden, 1)):
+            bound = 1 / math.sqrt(fan_in)  # as nn.Linear does
+            self.weights.append(nn.Parameter(torch.empty(2, fan_in, out).uniform_(-bound, bound)))
+            self.biases.append(nn.Parameter(torch.empty(2, 1, out).uniform_(-bound, bound)))
 
     def forward(self, s: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
         x = torch.cat([s, a], -1).expand(2, -1, -1)  # [2, B, O + A]
@@ -877,19 +868,18 @@ TRAINING, SELECTION, REPORT, NOISE = range(4)  # uses of --seed, each with a str
 
 
 def reset_seed(*key: int) -> int:
-    """32 bits from (seed, use, environment or rank, episode)."""
+    """32 bits from (seed, use, ...), such as an environment and its episode."""
     return int(np.random.SeedSequence(key).generate_state(1)[0])
 
 
 def evaluate(envs, policy, score, tasks: list[str], episodes: int, key: tuple, args: Args):
     """Play `episodes` of each task with `policy(state, goal) -> action in [-1, 1]`, [N, ...] each;
-    episode i starts from `reset_seed(*key, i)`.
+    episode i starts from `reset_seed(*key, i)`. `score(frames [T, N, H, W, 3])`, T of actions,
+    returns the Future of their rewards [T, N, G]; None: no CLIP. Success is the paper's: the goal
+    state for at least half of an episode's steps; a free goal has no predicate, so no success rate.
 
-    `score(frames)`, [T, N, H, W, 3], returns the Future of their rewards [T, N, G]; None: no CLIP.
-    Success is the paper's: the goal state for at least half of an episode's steps; a free goal has
-    no predicate, hence no success rate. T counts actions. Returns the means over the episodes, of
-    several tasks also the success rate of each, and what environment 0 showed at first, of a single
-    environment an episode of each task: a frame for each step [G * 100, H, W, 3].
+    Returns the means over the episodes, of several tasks also each one's success rate; and a film
+    of environment 0: its first episode, or of a single environment an episode of each task.
     """
     results, film, each = defaultdict(list), [], np.arange(envs.num_envs)
     for first in range(0, episodes * len(tasks), envs.num_envs):
@@ -905,7 +895,7 @@ def evaluate(envs, policy, score, tasks: list[str], episodes: int, key: tuple, a
             with worker_failures(envs, "evaluation"):
                 envs.step_async(action)
                 observation, reward, terminated, truncated, info = envs.step_wait(
-                    timeout=args.worker_timeout
+                    args.worker_timeout
                 )
             frames.append(observation["frame"][0])
             if score is not None:
@@ -936,6 +926,7 @@ def evaluate(envs, policy, score, tasks: list[str], episodes: int, key: tuple, a
 
 def write_video(film: np.ndarray, path: Path, writer: SummaryWriter | None, step: int) -> None:
     """An mp4 at half speed, and in TensorBoard a small animation (torch's own needs moviepy 1)."""
+    path.parent.mkdir(exist_ok=True)
     imageio.mimwrite(path, film, fps=30, macro_block_size=1)
     if writer is not None:
         small = film[::3, ::2, ::2]
@@ -979,23 +970,26 @@ def parse_args() -> Args:
     if run is None:
         return args
     # What may differ from the run's own arguments; the rest would make it another run.
+    free = {"resume", "evaluate", "device", "worker_timeout"}
     if args.resume:
-        state, free = load_checkpoint(run, "last.pt", "--resume"), {"total_timesteps"}
+        state, free = load_checkpoint(run, "last.pt", "--resume"), free | {"total_timesteps"}
         ranks = len(state["ranks"])
         check(
             ranks == WORLD_SIZE,
             f"--resume {run}: has {ranks} rank(s); torchrun --nproc-per-node={ranks}",
         )
-    else:  # the folder of the CLIP may have another path on another machine
+    else:
         state = load_checkpoint(run, "best.pt", "--evaluate")
-        free = {"final_episodes", "num_envs", "precision", "worker_timeout", "clip_model"}
-    saved, free = Args(**state["args"]), free | {"resume", "evaluate", "device"}
+        free |= {"final_episodes", "num_envs", "precision", "clip_model"}
+    saved = Args(**state["args"])
+    if os.path.isabs(saved.clip_model) and not os.path.exists(saved.clip_model):
+        free |= {"clip_model"}  # its folder was moved, or this is another machine
     args = tyro.cli(Args, default=saved, description=__doc__)
     for name, old in asdict(saved).items():
         new = getattr(args, name)
         check(
             old == new or name in free,
-            f"--{flag(name)} {new}: {run} was started with {old}; leave it out",
+            f"--{name.replace('_', '-')} {new}: {run} was started with {old}; leave it out",
         )
     return args
 
@@ -1094,8 +1088,8 @@ def main() -> None:
     def clip_score(frames: np.ndarray) -> Future[np.ndarray]:
         """The rewards [T, N, G] of frames [T, N, H, W, 3], to come."""
         flat = frames.reshape(-1, *frames.shape[2:])
-        reward = lambda: args.action_repeat * clip(flat).unflatten(0, frames.shape[:2])
-        return clip_thread.submit(lambda: reward().cpu().numpy())
+        rewards = lambda: args.action_repeat * clip(flat).unflatten(0, frames.shape[:2])
+        return clip_thread.submit(lambda: rewards().cpu().numpy())
 
     score = clip_score if clip is not None else None
 
@@ -1147,7 +1141,6 @@ def main() -> None:
     run = args.resume or Path("runs") / gather(name)[0]
     replay_folder = run / "replay" / str(RANK)
     replay_folder.mkdir(parents=True, exist_ok=args.resume is not None)
-    (run / "videos").mkdir(exist_ok=True)
     step, saved_row, best_return = 0, 0, -math.inf
     episode = np.zeros(args.num_envs, np.int64)  # how often each environment was reset
     if args.resume is not None:
@@ -1160,7 +1153,7 @@ def main() -> None:
         log_ent_coef.data.copy_(state["log_ent_coef"])
         if state["device"] == device:  # else the noise starts anew
             generator.set_state(own["generator"])
-        step, saved_row, best_return = state["step"], state["replay_rows"], state["best_return"]
+        step, saved_row, best_return = state["step"], own["replay_rows"], state["best_return"]
         episode[:] = own["episode"]
         replay.load(replay_folder, saved_row)
     if args.track and RANK == 0:
@@ -1186,7 +1179,6 @@ def main() -> None:
             "device": device,
             "ranks": ranks,
             "step": step,
-            "replay_rows": saved_row,
             "best_return": best_return,
         }
         atomic_save(state, run / name)
@@ -1300,9 +1292,7 @@ def main() -> None:
 
         # ---- Step
         with worker_failures(envs, f"step {step}"):
-            next_observation, reward, terminated, truncated, info = envs.step_wait(
-                timeout=args.worker_timeout
-            )
+            next_observation, reward, terminated, truncated, _ = envs.step_wait(args.worker_timeout)
         lap("env")
         step += stride
         last = step >= args.total_timesteps
@@ -1324,12 +1314,9 @@ def main() -> None:
             pending = []
         while len(scoring) > (0 if evaluates or saves else 1):
             rows, future = scoring.pop(0)
-            if future:
-                rewards = future.result()  # [T, N, G]
-            else:
-                rewards = np.stack([row.reward for row in rows])[..., None]
+            rewards = future.result() if future else np.stack([r.reward for r in rows])[..., None]
             stop_if_nan("the reward", [torch.from_numpy(rewards)])
-            for row, r in zip(rows, rewards, strict=True):  # r [N, G]
+            for row, r in zip(rows, rewards, strict=True):  # of a step: r [N, G] of [T, N, G]
                 gained = {"episodic_return": row.reward, "episodic_length": args.action_repeat}
                 if score:
                     gained["clip_return"] = r[each, row.goal]
@@ -1375,7 +1362,8 @@ def main() -> None:
         if saves:
             replay.save(replay_folder, saved_row)
             saved_row = replay.head
-            ranks = gather({"generator": generator.get_state(), "episode": episode.tolist()})
+            own = {"generator": generator.get_state(), "episode": episode.tolist()}
+            ranks = gather(own | {"replay_rows": saved_row})
             if RANK == 0:  # now all have their replay on disk
                 save_checkpoint("last.pt", ranks)
                 writer.flush()

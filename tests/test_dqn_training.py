@@ -339,7 +339,13 @@ def test_compiled_updates_are_the_same(finished, tmp_path, random_clip, monkeypa
 
     def count(function, mode=None):
         compiled.append(function.__name__)
-        return compile_with(function, backend="aot_eager")
+        faster = compile_with(function, backend="aot_eager")
+
+        def call(*inputs, **options):  # a CUDA graph would take a step's inputs one by one
+            assert function.__name__ != "update" or all(isinstance(x, torch.Tensor) for x in inputs)
+            return faster(*inputs, **options)
+
+        return call
 
     monkeypatch.setattr(torch, "compile", count)
     monkeypatch.chdir(tmp_path)
@@ -354,6 +360,14 @@ def test_compiled_updates_are_the_same(finished, tmp_path, random_clip, monkeypa
     start = QNetwork(torch.zeros(4, 2, 2, 64).half(), 64).hidden.weight
     change = (expected["q_network.hidden.weight"] - start).abs()
     assert change.max() > 0.01 and change.median() < 0.02  # far more; and it did start there
+
+
+def test_nan_stops_the_run_in_one_line(tmp_path, random_clip):
+    flags = [*SMALL, "--clip-model", random_clip, "--no-capture-video", "--learning-rate", "1e30"]
+    result = train(SCRIPT, tmp_path, *flags)
+    assert result.returncode == 1
+    assert re.search(r"step \d+: .* is not finite", result.stderr)
+    assert "Traceback" not in result.stderr
 
 
 def test_an_agent_can_be_replayed(finished):

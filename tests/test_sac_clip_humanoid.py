@@ -23,6 +23,7 @@ from sac_clip_humanoid import (  # first: it puts torch before the first GL cont
     Replay,
     TwinQ,
     main,
+    parse_args,
     worker_failures,
 )
 
@@ -334,6 +335,18 @@ def test_replay_keeps_each_observation_once():
     assert len(r.unique()) == 600
 
 
+def test_a_replay_that_was_filled_anew_keeps_what_last_pt_needs(tmp_path):
+    """Killed after it saved its replay and before it wrote last.pt."""
+    replay, restored = (Replay(40, 4, 2, 1, 2, "cpu") for _ in range(2))  # ten rows
+    fill(replay, 9)
+    replay.save(tmp_path, 0)
+    head, expected = replay.head, sampled(replay, 100)
+    fill(replay, 25)
+    replay.save(tmp_path, head)
+    restored.load(tmp_path, head)
+    np.testing.assert_array_equal(sampled(restored, 100), expected)
+
+
 def test_replay_comes_back_from_its_files(tmp_path):
     replay, saved = Replay(200, 4, 2, 1, 2, "cpu"), 0
     for part in range(5):
@@ -609,7 +622,13 @@ def test_compiled_updates_are_the_same(tmp_path, monkeypatch):
 
     def count(function, mode=None):
         compiled.append(function.__name__)
-        return compile_with(function, backend="aot_eager")
+        faster = compile_with(function, backend="aot_eager")
+
+        def call(*inputs, **options):  # a CUDA graph would take a step's inputs one by one
+            assert function.__name__ != "update" or all(isinstance(x, torch.Tensor) for x in inputs)
+            return faster(*inputs, **options)
+
+        return call
 
     monkeypatch.setattr(torch, "compile", count)
     monkeypatch.setattr("sac_clip_humanoid.CLIPReward", HighArms)
@@ -638,6 +657,27 @@ def test_an_agent_can_be_replayed(finished):
     result = train(SCRIPT, run.parents[1], "--evaluate", run, "--final-episodes", "2")
     assert result.returncode == 0, result.stderr
     assert (run / "report.json").read_text() == before
+
+
+def test_of_a_copied_run_its_best_agent_is_enough(finished, tmp_path, random_clip):
+    """On another machine, where the folder of the CLIP has another path."""
+    state = torch.load(finished[0] / "best.pt", weights_only=True)
+    state["args"]["clip_model"] = str(tmp_path / "elsewhere")
+    torch.save(state, tmp_path / "best.pt")
+    flags = ["--evaluate", tmp_path, "--final-episodes", "2", "--num-envs", "10"]
+    result = train(SCRIPT, tmp_path, *flags, "--clip-model", random_clip)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "videos" / "best.mp4").exists()
+
+
+def test_a_run_resumes_with_a_clip_that_was_moved(finished, tmp_path, monkeypatch):
+    state = torch.load(finished[0] / "last.pt", weights_only=True)
+    state["args"]["clip_model"] = str(tmp_path / "elsewhere")
+    torch.save(state, tmp_path / "last.pt")
+    flags = ["--resume", str(tmp_path), "--clip-model", "here", "--worker-timeout", "300"]
+    monkeypatch.setattr(sys, "argv", [SCRIPT, *flags])
+    args = parse_args()
+    assert args.clip_model == "here" and args.worker_timeout == 300
 
 
 def children(pid: int) -> list[int]:
@@ -775,7 +815,7 @@ def test_no_gl_library_names_the_packages(tmp_path):
 @pytest.mark.parametrize(
     ("option", "value", "old"),
     [("--gamma", "0.9", "0.95"), ("--clip-model", "other", "random_clip"),
-     ("--worker-timeout", "9.0", "60.0")],
+     ("--num-envs", "9", "4")],
 )  # fmt: skip
 def test_a_resumed_run_keeps_its_arguments(finished, option, value, old, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [SCRIPT, "--resume", str(finished[0]), option, value])

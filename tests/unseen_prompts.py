@@ -88,7 +88,7 @@ def main(args: Args) -> dict:
     )
     for name, least in (("episodes", 1), ("num_envs", 1), ("seed", 0)):
         value = getattr(args, name)
-        sac.check(value >= least, f"--{sac.flag(name)} {value}: must be at least {least}")
+        sac.check(value >= least, f"--{name.replace('_', '-')} {value}: must be at least {least}")
     tasks = unseen_tasks()
     prompts = [task.goal for task in tasks.values()]
     model = args.clip_model or settings.clip_model
