@@ -841,8 +841,9 @@ def main(args: Args) -> None:
 
     def humanoid_part(size: int, count: int):
         index = rng.integers(len(states.frames), size=size)
-        if len(states.frames) > scripted:  # a quarter: what agents reached, or CLIP overrated
-            index[1::4] = rng.integers(scripted, len(states.frames), size=len(index[1::4]))
+        if len(states.frames) > scripted:  # three quarters: what agents reached, or CLIP overrated
+            visited = rng.integers(scripted, len(states.frames), size=size)
+            index = np.where(rng.random(size) < 0.75, visited, index)
         for i in range(0, size, 2):  # half of it: a balanced choice of meanings
             index[i] = rng.choice(true_of[rng.integers(len(true_of))])
         image = prepare(states.frames[index])
