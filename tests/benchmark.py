@@ -136,8 +136,8 @@ class Watched:
     def __getattr__(self, name: str):
         return getattr(self.envs, name)
 
-    def step_wait(self, **options):
-        result = self.envs.step_wait(**options)
+    def step_wait(self, timeout: float | None = None):
+        result = self.envs.step_wait(timeout)
         self.calls += 1
         if self.calls in (WARM_UP, self.last):
             self.marks.append((time.perf_counter(), cpu_seconds(self.envs.processes)))
@@ -173,7 +173,7 @@ class Still:
     def step_async(self, action) -> None:
         pass
 
-    def step_wait(self, **options):
+    def step_wait(self, timeout: float | None = None):
         return self.after
 
     def close(self, **options) -> None:
