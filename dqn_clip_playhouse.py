@@ -99,7 +99,8 @@ class Args:
     """env steps between checkpoints; running episodes are cut short there"""
     capture_video: bool = True  # record an episode at each evaluation, at 320 pixels or a bit more
     resume: Path | None = None  # a run's folder to continue, with the arguments it was started with
-    evaluate: Path | None = None  # a run's folder whose best agent to replay, instead of training
+    evaluate: Path | None = None
+    """a run's folder whose agents to replay, beside a random one, instead of training"""
     track: bool = False  # log to Weights and Biases too (pip install wandb)
     wandb_project_name: str = "clip-rl"  # its project
     wandb_entity: str | None = None  # its team
@@ -167,8 +168,8 @@ class Args:
     policy_size: int = 48  # width and height in pixels of the frames, where it sees pixels
 
 
-def check(condition: bool, message: str, exit_code: int = 2) -> None:
-    """Else stop, with one line that names the flag, the value and the remedy."""
+def check(condition: object, message: str, exit_code: int = 2) -> None:
+    """Unless the condition holds, stop with one line that names flag, value and remedy."""
     if not condition:
         print(message, file=sys.stderr)
         raise SystemExit(exit_code)

@@ -99,7 +99,7 @@ def test_a_rank_that_dies_ends_the_others_in_one_line(ended):
     assert "--resume continues" in errors, errors
 
 
-def test_each_rank_finds_its_own_replay_again(tmp_path, random_clip):
+def test_each_rank_finds_its_own_replay_again(tmp_path):
     """With termination the ranks' rings grow at their own pace."""
     flags = [*SCRIPTS["sac_clip_humanoid"][1][2:], "--reward", "env", "--no-capture-video"]
     process = torchrun(tmp_path, "sac_clip_humanoid", *flags, "--total-timesteps", "800")
