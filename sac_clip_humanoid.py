@@ -953,7 +953,7 @@ def load_checkpoint(run: Path, name: str, option: str) -> dict:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         check(False, f"{option} {run}: cannot load its {name} ({reason}); name a run that has one")
     check(
-        flags == asdict(Args()).keys(),
+        flags == asdict(Args()).keys() and all("replay_rows" in own for own in state["ranks"]),
         f"{option} {run}: another version of this script made its {name}; go on with that version",
     )
     return state
