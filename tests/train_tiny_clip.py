@@ -74,7 +74,7 @@ class Args:
     """for images: a toy is smaller than a patch that a vision transformer could afford"""
     width: int = 16
     """of the image tower: channels after a resnet's stem (it ends with 32 times as many)"""
-    layers: tuple[int, ...] = (1, 2, 2, 1)
+    layers: tuple[int, ...] = (1, 2, 4, 2)
     """of the image tower: blocks in each of a resnet's four stages, or of a vision transformer"""
     resolution: int = 144
     """of the frames in pixels"""
