@@ -155,9 +155,9 @@ class Args:
     explore_steps: float = 4.0
     """steps, on average, for which a random action is kept while exploring: single ones would not
     leave the room (1 makes it a single one)"""
-    policy_temperature: float = 0.02
-    """of the softmax over Q that draws the actions, in evaluations too: who cannot see all would
-    repeat itself for ever (towards 0 it becomes the argmax)"""
+    policy_temperature: float = 0.05
+    """of the softmax over log Q that draws the actions, in evaluations too: who cannot see all and
+    always takes the best would repeat itself for ever (towards 0 it becomes the argmax)"""
     relabel_fraction: float = 0.5
     """share of the sampled transitions that are trained, where there is one, for another goal that
     is reached then or later in their episode; 0 is the paper"""
@@ -1505,8 +1505,9 @@ def main() -> None:
         return family_scores(rewards, temperature) if args.reward == "contrastive" else rewards
 
     def probabilities(q: torch.Tensor) -> torch.Tensor:
-        """Probabilities of the actions, [B, 9]."""
-        return F.softmax(q / args.policy_temperature, -1)
+        """Probabilities of the actions, [B, 9]. Q falls by gamma with each step to the goal; its
+        logarithm makes a detour cost the same from afar, where all Q are small."""
+        return F.softmax(q.clamp(min=0.01).log() / args.policy_temperature, -1)
 
     def is_reached(scores: torch.Tensor, goal: torch.Tensor) -> np.ndarray:
         """Where the reward of an episode's own goal [N] is 1: scores [T, N, 240] -> [T, N]."""
@@ -1514,7 +1515,7 @@ def main() -> None:
 
     @torch.no_grad()
     def policy(stack, traces, goal, generator: torch.Generator) -> torch.Tensor:
-        """Actions [N], drawn from the softmax over Q."""
+        """Actions [N], drawn from the softmax over log Q."""
         p = probabilities(q_network(stack, traces, text[goal] @ projection))
         # As torch.multinomial, which would answer NaN with a traceback instead of stop_if_nan.
         return (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1)
