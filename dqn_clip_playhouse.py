@@ -122,12 +122,16 @@ class Args:
     temperature: float | None = None
     """of the softmax over the goals of a family; unset, the CLIP's own"""
     beta: float | None = None
-    """score above which a goal counts as reached; unset, calibrated on random play"""
+    """score above which a goal counts as reached; unset, calibrated on random play, and for the
+    contrastive reward at least 0.5: more likely than all others of its family together"""
     calibration_episodes: int = 64  # of random play, before the run
     false_positive_rate: float = 0.001
     """share of the scores of random play that the calibrated beta lets pass, in each family"""
     calibrate_with_labels: bool = False
     """let the simulator's truth keep the frames that do reach a goal out of the calibration"""
+    place_after_lift: bool = True
+    """a place goal counts only once its toy was reached as a lift goal in this episode, and is not
+    now; --no-place-after-lift pays for the toys that lay there already, too (the paper)"""
     clip_model: str = str(HERE / "tests" / "tiny_clip")
     """folder, ARCH/TAG or ARCH/FILE of open_clip, or hf-hub:ID"""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -267,6 +271,8 @@ COLUMNS = {  # of each family in GOALS
     split: {f: [GOALS.index(goal) for goal in goals if goal.family == f] for f in FAMILIES}
     for split, goals in (("train", TRAIN_GOALS), ("heldout", HELDOUT_GOALS))
 }
+PLACE = COLUMNS["train"]["place"] + COLUMNS["heldout"]["place"]
+LIFT = [GOALS.index(GOALS[i]._replace(family="lift", place=None)) for i in PLACE]  # the same toys
 
 
 def part(shape, size, pos=(0, 0, 0), rgb=None, quat=(1, 0, 0, 0)):
@@ -993,8 +999,10 @@ def family_scores(rewards: torch.Tensor, temperature: float) -> torch.Tensor:
 
 def random_play(envs, score, key: tuple, args: Args):
     """Scores [M, 240] of the frames of random episodes and, if the environments tell, whether the
-    goals are reached in them [M, 240], else None."""
+    goals are reached in them [M, 240], else None. It grabs nothing: a toy that it happened to hold
+    for a while would be half of all that scores high, and count as a mistake."""
     rng, scores, reached = np.random.default_rng(key), [], []
+    harmless = [i for i, action in enumerate(ACTIONS) if action != "grab"]
     for first in range(0, args.calibration_episodes, envs.num_envs):
         seeds = [reset_seed(*key, first + i) for i in range(envs.num_envs)]
         with worker_failures(envs, "calibration"):
@@ -1002,7 +1010,7 @@ def random_play(envs, score, key: tuple, args: Args):
             envs.reset_wait(timeout=args.worker_timeout)
         for _ in range(MAX_STEPS):
             with worker_failures(envs, "calibration"):
-                envs.step_async(rng.integers(len(ACTIONS), size=envs.num_envs))
+                envs.step_async(rng.choice(harmless, size=envs.num_envs))
                 frames, *_, info = envs.step_wait(timeout=args.worker_timeout)
             scores.append(score(frames))
             if "reached" in info:
@@ -1020,6 +1028,18 @@ def calibrate(scores: torch.Tensor, reached: torch.Tensor | None, rate: float) -
         value = np.quantile(negatives.cpu().numpy(), 1 - rate, method="higher")
         beta[train + COLUMNS["heldout"][family]] = float(value)
     return beta
+
+
+def placed_after_lift(scores: torch.Tensor, beta: torch.Tensor, carried: torch.Tensor):
+    """Scores [T, N, 240] of T steps, without those of the place goals (-inf) whose toy was not in
+    the hand before, or still is; CLIP decides that too. `carried` [N, 144] says whose toy was in
+    the hand before these steps; the second result, after them."""
+    in_hand = scores[..., LIFT] > beta[LIFT]  # [T, N, 144]
+    carried = torch.cat([carried[None], in_hand]).cumsum(0) > 0  # [T + 1, N, 144]
+    counts = carried[:-1] & ~in_hand
+    scores = scores.clone()
+    scores[..., PLACE] = scores[..., PLACE].where(counts, -math.inf)
+    return scores, carried[-1]
 
 
 # What the network knows of the past: how often each action was taken of late, as running averages
@@ -1491,6 +1511,8 @@ def main() -> None:
     generator = torch.Generator(device).manual_seed(reset_seed(args.seed, NOISE, RANK))
 
     temperature = args.temperature or clip.temperature
+    trained = torch.tensor([args.family in ("all", goal.family) for goal in GOALS], device=device)
+    nothing = torch.zeros(args.num_envs, len(PLACE), dtype=torch.bool, device=device)
 
     def score(frames, embeddings: Sequence[torch.Tensor | None] = (None,)) -> torch.Tensor:
         """CLIP's score of each frame, [N, H, W, 3] or T of them, for each goal: [..., 240]. Their
@@ -1509,6 +1531,12 @@ def main() -> None:
         logarithm makes a detour cost the same from afar, where all Q are small."""
         return F.softmax(q.clamp(min=0.01).log() / args.policy_temperature, -1)
 
+    def counted(scores: torch.Tensor, carried: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The scores [T, N, 240] that count, and what was carried [N, 144] until after them."""
+        if args.place_after_lift:
+            scores, carried = placed_after_lift(scores, beta, carried)
+        return scores.where(trained, -math.inf), carried
+
     def is_reached(scores: torch.Tensor, goal: torch.Tensor) -> np.ndarray:
         """Where the reward of an episode's own goal [N] is 1: scores [T, N, 240] -> [T, N]."""
         return (scores > beta)[:, torch.arange(len(goal)), goal].cpu().numpy()
@@ -1523,7 +1551,11 @@ def main() -> None:
     def play_randomly(stack, traces, goal, generator: torch.Generator) -> torch.Tensor:
         return torch.randint(len(ACTIONS), goal.shape, generator=generator, device=device)
 
-    clip_reached = None if args.reward == "env" else lambda f, s, g: is_reached(score(f, s), g)
+    def clip_reached(frames, embeddings, goal: torch.Tensor) -> np.ndarray:
+        scores, _ = counted(score(frames, embeddings), nothing)
+        return is_reached(scores, goal)
+
+    judge = None if args.reward == "env" else clip_reached
 
     def final_report(run: Path) -> None:
         """The best and the last agent, beside a random one, in unseen homes."""
@@ -1538,7 +1570,7 @@ def main() -> None:
             beta.copy_(state["beta"])
             for split, goals in (("train", train_goals), ("heldout", heldout_goals)):
                 report[name][split], _ = evaluate(
-                    envs, player, see, clip_reached, args.final_episodes, key, goals, args, device
+                    envs, player, see, judge, args.final_episodes, key, goals, args, device
                 )
                 numbers = ", ".join(f"{k} {v:.3f}" for k, v in report[name][split].items())
                 print(f"{name:>6}, {split:>7} goals: {numbers}")
@@ -1578,12 +1610,11 @@ def main() -> None:
         replay.load(replay_folder, saved_block)
     elif args.reward != "env" and args.beta is None:
         scores, truth = random_play(envs, score, (args.seed, CALIBRATION), args)
-        beta.copy_(calibrate(scores, truth, args.false_positive_rate))
+        least = 0.5 if args.reward == "contrastive" else -math.inf
+        beta.copy_(calibrate(scores, truth, args.false_positive_rate).clamp(min=least))
         average(beta)  # all ranks played in the same homes: alike but for rounding
         if RANK == 0:
             print({family: beta[COLUMNS["train"][family][0]].item() for family in FAMILIES})
-    untrained = [i for i, goal in enumerate(GOALS) if goal not in train_goals + heldout_goals]
-    beta[untrained] = math.inf  # of the families that the run leaves out
     if args.track and RANK == 0:
         import wandb
 
@@ -1669,6 +1700,7 @@ def main() -> None:
     # Whose action is random now, and which it is: drawn at the start, then every --explore-steps.
     exploring, wander = torch.zeros_like(starts), torch.zeros_like(starts, dtype=torch.int64)
     age = np.zeros(args.num_envs, np.int64)  # steps of the running episodes
+    carried = nothing.clone()  # in them, of the toys of PLACE
     pending = []  # steps of the running block
     losses, episodes = {}, defaultdict(list)  # of the last update; since the last log
     seconds = dict.fromkeys(("act", "update", "env", "clip", "evaluate", "checkpoint"), 0.0)
@@ -1730,6 +1762,7 @@ def main() -> None:
         else:
             scores = score([p.frame for p in pending], [p.embedding for p in pending])
             stop_if_nan("the CLIP reward", [scores])
+        scores, carried = counted(scores, carried)
         replay.add(
             seen=torch.stack([p.seen for p in pending] + [seen]),
             action=torch.stack([p.action for p in pending]),
@@ -1760,7 +1793,7 @@ def main() -> None:
         if evaluates and RANK == 0:  # the others wait in the next average or gather
             key = args.seed, SELECTION
             summary, _ = evaluate(
-                envs, policy, see, clip_reached, args.eval_episodes, key, train_goals, args, device
+                envs, policy, see, judge, args.eval_episodes, key, train_goals, args, device
             )
             if video_envs is not None:
                 _, film = evaluate(video_envs, policy, see, None, 1, key, train_goals, args, device)
@@ -1796,7 +1829,7 @@ def main() -> None:
             new = torch.from_numpy(ended).to(device)
             seen[new], _ = see(new_frame[ended])
             stack[new] = seen[new].repeat(1, 1, 1, args.frame_stack)
-            traces[new], starts = 0, new
+            traces[new], carried[new], starts = 0, False, new
             goal, age = np.where(ended, new_goal, goal), np.where(ended, 0, age)
             lap("env")
     bar.close()

@@ -15,9 +15,11 @@ from dqn_clip_playhouse import (  # first: it puts torch before the first GL con
     FAMILIES,
     GOALS,
     HELDOUT_GOALS,
+    PLACE,
     TRAIN_GOALS,
     TRACES,
     Args,
+    Goal,
     PlayhouseEnv,
     QNetwork,
     Replay,
@@ -25,6 +27,7 @@ from dqn_clip_playhouse import (  # first: it puts torch before the first GL con
     check_args,
     family_scores,
     main,
+    placed_after_lift,
     remember,
     shrink,
 )
@@ -49,6 +52,25 @@ def test_scores_equal_a_slow_softmax_over_the_familys_training_goals():
     for family in FAMILIES:
         columns = [i for i, goal in enumerate(TRAIN_GOALS) if goal.family == family]
         torch.testing.assert_close(p[..., columns].sum(-1), torch.ones(3, 2))
+
+
+def test_placing_counts_once_the_toy_was_in_the_hand_and_no_longer_is():
+    rng = torch.Generator().manual_seed(0)
+    scores, beta = torch.rand(12, 5, ALL, generator=rng), torch.full((ALL,), 0.8)
+    carried = torch.zeros(5, len(PLACE), dtype=torch.bool)
+    parts = []
+    for block in scores.split(4):  # as in training: what was carried goes on to the next block
+        part, carried = placed_after_lift(block, beta, carried)
+        parts.append(part)
+    counted = torch.cat(parts)
+    for i, goal in enumerate(GOALS):
+        lift = GOALS.index(Goal("lift", goal.colour, goal.kind))
+        for n in range(5):
+            for t in range(12):
+                held = scores[: t + 1, n, lift] > 0.8
+                counts = goal.family != "place" or bool(held[:t].any() and not held[t])
+                assert counted[t, n, i] == (scores[t, n, i] if counts else -math.inf)
+    assert carried.any() and not carried.all()
 
 
 def test_beta_lets_the_stated_share_of_negatives_pass():
@@ -325,7 +347,9 @@ def test_the_other_reward_calibration_and_stack_train_as_well(tmp_path, random_c
     state = torch.load(only_run(tmp_path) / "last.pt", weights_only=True)
     assert state["q_network"]["stem.0.weight"].shape[1] == 6  # channels of two frames
     of_find = torch.tensor([goal.family == "find" for goal in GOALS])
-    assert (state["beta"][~of_find] == math.inf).all()  # never reached, as they are not trained
+    replay = torch.load(only_run(tmp_path) / "replay" / "0" / "50-100.pt", weights_only=True)
+    scores = replay["score"][..., ~of_find[:TRAIN]]
+    assert (scores == -math.inf).all()  # never reached, as they are not trained
     (beta,) = state["beta"][of_find].unique()
     assert 0 < beta < 1
     report = json.loads((only_run(tmp_path) / "report.json").read_text())
