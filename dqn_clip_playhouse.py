@@ -130,8 +130,9 @@ class Args:
     calibrate_with_labels: bool = False
     """let the simulator's truth keep the frames that do reach a goal out of the calibration"""
     place_after_lift: bool = True
-    """a place goal counts only once its toy was reached as a lift goal in this episode, and is not
-    now; --no-place-after-lift pays for the toys that lay there already, too (the paper)"""
+    """place in two stages: the goal is to lift the toy until CLIP sees it in the hand, then to
+    place it, which counts once it is in the hand no longer; --no-place-after-lift (the paper) has
+    one stage, and pays hindsight for the toys that lay there from the start"""
     clip_model: str = str(HERE / "tests" / "tiny_clip")
     """folder, ARCH/TAG or ARCH/FILE of open_clip, or hf-hub:ID"""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -273,6 +274,7 @@ COLUMNS = {  # of each family in GOALS
 }
 PLACE = COLUMNS["train"]["place"] + COLUMNS["heldout"]["place"]
 LIFT = [GOALS.index(GOALS[i]._replace(family="lift", place=None)) for i in PLACE]  # the same toys
+FIRST = [dict(zip(PLACE, LIFT, strict=True)).get(i, i) for i in range(len(GOALS))]  # first stage
 
 
 def part(shape, size, pos=(0, 0, 0), rgb=None, quat=(1, 0, 0, 0)):
@@ -1318,14 +1320,15 @@ def reset_seed(*key: int) -> int:
 
 
 def evaluate(
-    envs, policy, see, reached, episodes: int, key: tuple, goals: Sequence[Goal], args: Args,
-    device: str,
+    envs, play, see, judge, clip_success, episodes: int, key: tuple, goals: Sequence[Goal],
+    args: Args, device: str,
 ):  # fmt: skip
-    """Play `episodes` to the time limit: `policy(stack, traces, goal, generator) -> action`.
+    """Play `episodes` to the time limit: `play(stack, traces, goal, scores, generator) -> action`,
+    with what `judge(frames, embeddings, infos)` says of the step before, [N, 240].
 
-    An episode succeeds if the simulator's state is ever one of its goal. `reached(frames,
-    embeddings, goal)` [T, N], if given, says where CLIP's reward is 1, for `clip_success`. Returns
-    the means over the episodes, also by family, and the frames of the first episode [T, H, W, 3].
+    An episode succeeds if the simulator's state is ever one of its goal; `clip_success(scores
+    [T, N, 240], goal)`, if given, says whether CLIP thinks so. Returns the means over the episodes,
+    also by family, and the frames of the first episode [T, H, W, 3].
     """
     results, film = defaultdict(list), None
     generator = torch.Generator(device).manual_seed(reset_seed(*key))
@@ -1338,24 +1341,24 @@ def evaluate(
         seen, _ = see(frame)
         stack = seen.repeat(1, 1, 1, args.frame_stack)
         traces = torch.zeros(envs.num_envs, TRACES, device=device)
-        frames, embeddings, truncated = [frame], [], np.zeros(1, bool)
+        frames, scores, truncated = [frame], [], np.zeros(1, bool)
         while not truncated.all():  # all at once
-            a = policy(stack, traces, goal, generator)
+            a = play(stack, traces, goal, scores[-1] if scores else None, generator)
             with worker_failures(envs, "evaluation"):
                 envs.step_async(a.cpu().numpy())
                 frame, _, _, truncated, info = envs.step_wait(timeout=args.worker_timeout)
             frames.append(frame)
             seen, s = see(frame)
-            embeddings.append(s)
+            scores.append(judge([frame], [s], [info])[0])
             stack = torch.cat([stack[..., seen.shape[-1] :], seen], -1)
             traces = remember(traces, a)
             success |= info["success"]
         film = np.stack([frame[0] for frame in frames]) if film is None else film
-        scored = {"success_rate": success}
-        if reached is not None:
-            scored["clip_success"] = reached(frames[1:], embeddings, goal).any(0)
+        judged = {"success_rate": success}
+        if clip_success is not None:
+            judged["clip_success"] = clip_success(torch.stack(scores), goal)
         for i in range(min(envs.num_envs, episodes - first)):
-            for name, values in scored.items():
+            for name, values in judged.items():
                 results[name].append(values[i])
                 results[f"{name}_{GOALS[goal[i]].family}"].append(values[i])
     means = {name: float(np.mean(results[name])) for name in sorted(results)}
@@ -1511,7 +1514,9 @@ def main() -> None:
     generator = torch.Generator(device).manual_seed(reset_seed(args.seed, NOISE, RANK))
 
     temperature = args.temperature or clip.temperature
+    first = torch.tensor(FIRST if args.place_after_lift else range(len(GOALS)), device=device)
     trained = torch.tensor([args.family in ("all", goal.family) for goal in GOALS], device=device)
+    trained[first[trained]] = True
     nothing = torch.zeros(args.num_envs, len(PLACE), dtype=torch.bool, device=device)
 
     def score(frames, embeddings: Sequence[torch.Tensor | None] = (None,)) -> torch.Tensor:
@@ -1526,6 +1531,12 @@ def main() -> None:
         rewards = goal_baseline_reward(s, clip.goal, clip.baseline, args.alpha)
         return family_scores(rewards, temperature) if args.reward == "contrastive" else rewards
 
+    def judge(frames, embeddings, infos) -> torch.Tensor:
+        """Of T steps, the scores of all goals, or with --reward env the truth: [T, N, 240]."""
+        if args.reward == "env":
+            return torch.from_numpy(np.stack([i["reached"] for i in infos])).to(device).float()
+        return score(frames, embeddings)
+
     def probabilities(q: torch.Tensor) -> torch.Tensor:
         """Probabilities of the actions, [B, 9]. Q falls by gamma with each step to the goal; its
         logarithm makes a detour cost the same from afar, where all Q are small."""
@@ -1536,6 +1547,13 @@ def main() -> None:
         if args.place_after_lift:
             scores, carried = placed_after_lift(scores, beta, carried)
         return scores.where(trained, -math.inf), carried
+
+    def pursued(goal: torch.Tensor, scores: torch.Tensor | None) -> torch.Tensor:
+        """What to go for [N] on the way to goals [N], after a step's scores [N, 240]."""
+        if scores is None:
+            return first[goal]
+        done = scores.gather(1, first[goal][:, None])[:, 0] > beta[first[goal]]
+        return torch.where(done, goal, first[goal])
 
     def is_reached(scores: torch.Tensor, goal: torch.Tensor) -> np.ndarray:
         """Where the reward of an episode's own goal [N] is 1: scores [T, N, 240] -> [T, N]."""
@@ -1548,19 +1566,22 @@ def main() -> None:
         # As torch.multinomial, which would answer NaN with a traceback instead of stop_if_nan.
         return (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1)
 
-    def play_randomly(stack, traces, goal, generator: torch.Generator) -> torch.Tensor:
+    def play(stack, traces, goal, scores, generator: torch.Generator) -> torch.Tensor:
+        return policy(stack, traces, pursued(goal, scores), generator)
+
+    def play_randomly(stack, traces, goal, scores, generator: torch.Generator) -> torch.Tensor:
         return torch.randint(len(ACTIONS), goal.shape, generator=generator, device=device)
 
-    def clip_reached(frames, embeddings, goal: torch.Tensor) -> np.ndarray:
-        scores, _ = counted(score(frames, embeddings), nothing)
-        return is_reached(scores, goal)
+    def clip_success(scores: torch.Tensor, goal: torch.Tensor) -> np.ndarray:
+        """Whether CLIP's reward was ever 1 in N episodes with scores [T, N, 240]."""
+        return is_reached(counted(scores, nothing[: len(goal)])[0], goal).any(0)
 
-    judge = None if args.reward == "env" else clip_reached
+    success_by = None if args.reward == "env" else clip_success
 
     def final_report(run: Path) -> None:
         """The best and the last agent, beside a random one, in unseen homes."""
         report, key = defaultdict(dict), (args.seed, REPORT)
-        for name, player in (("random", play_randomly), ("last", policy), ("best", policy)):
+        for name, player in (("random", play_randomly), ("last", play), ("best", play)):
             file = "last.pt" if name == "last" else "best.pt"
             if not (run / file).exists():
                 continue  # killed between its first evaluation and its first checkpoint
@@ -1570,15 +1591,18 @@ def main() -> None:
             beta.copy_(state["beta"])
             for split, goals in (("train", train_goals), ("heldout", heldout_goals)):
                 report[name][split], _ = evaluate(
-                    envs, player, see, judge, args.final_episodes, key, goals, args, device
-                )
+                    envs, player, see, judge, success_by, args.final_episodes, key, goals, args,
+                    device,
+                )  # fmt: skip
                 numbers = ", ".join(f"{k} {v:.3f}" for k, v in report[name][split].items())
                 print(f"{name:>6}, {split:>7} goals: {numbers}")
         if args.evaluate is None:  # a replay, perhaps of fewer episodes, leaves the run's report
             (run / "report.json").write_text(json.dumps(report, indent=2) + "\n")
         if video_envs is not None:
             video = run / "videos" / "best.mp4"
-            _, film = evaluate(video_envs, policy, see, None, 1, key, train_goals, args, device)
+            _, film = evaluate(
+                video_envs, play, see, judge, None, 1, key, train_goals, args, device
+            )
             write_video(film, video, None, 0)
             print(f"video: {video}")
 
@@ -1693,6 +1717,8 @@ def main() -> None:
         return math.floor(step * args.updates_per_step)
 
     frame, goal = reset(np.ones(args.num_envs, bool))
+    goal = torch.from_numpy(goal).to(device)
+    pursuit = first[goal]  # the goal that is pursued now
     seen, _ = see(frame)  # [N, h, w, C]
     stack = seen.repeat(1, 1, 1, args.frame_stack)
     traces = torch.zeros(args.num_envs, TRACES, device=device)  # of the actions before
@@ -1713,14 +1739,13 @@ def main() -> None:
         # ---- Act
         explored = (step - args.learning_starts) / args.epsilon_steps
         epsilon = 1 - (1 - args.epsilon_end) * min(max(explored, 0), 1)
-        own = torch.from_numpy(goal).to(device)
         options = {"generator": generator, "device": device}
         redraw = starts | (torch.rand(args.num_envs, **options) < 1 / args.explore_steps)
         explores = torch.rand(args.num_envs, **options) < epsilon
         exploring = torch.where(redraw, explores, exploring)
         uniform = torch.randint(len(ACTIONS), (args.num_envs,), **options)
         wander = torch.where(redraw, uniform, wander)
-        a = torch.where(exploring, wander, policy(stack, traces, own, generator))  # [N]
+        a = torch.where(exploring, wander, policy(stack, traces, pursuit, generator))  # [N]
         with worker_failures(envs, f"step {step}"):
             envs.step_async(a.cpu().numpy())
         lap("act")
@@ -1756,25 +1781,22 @@ def main() -> None:
             continue
 
         # ---- Score the frames of a block, and store it
-        if args.reward == "env":
-            scores = torch.from_numpy(np.stack([p.info["reached"] for p in pending]))
-            scores = scores.to(device).float()  # [K, N, 240]
-        else:
-            scores = score([p.frame for p in pending], [p.embedding for p in pending])
-            stop_if_nan("the CLIP reward", [scores])
-        scores, carried = counted(scores, carried)
+        scores = judge(*zip(*((p.frame, p.embedding, p.info) for p in pending), strict=True))
+        stop_if_nan("the CLIP reward", [scores])
+        scores, carried = counted(scores, carried)  # [K, N, 240]
         replay.add(
             seen=torch.stack([p.seen for p in pending] + [seen]),
             action=torch.stack([p.action for p in pending]),
             traces=torch.stack([p.traces for p in pending]),
             score=scores[..., : len(TRAIN_GOALS)],
-            goal=own,
+            goal=pursuit,
             age=torch.from_numpy(age).to(device),
         )
         success = np.stack([p.info["success"] for p in pending])  # [K, N]
         pending.clear()
         age += args.score_every
-        r = is_reached(scores, own)  # [K, N]
+        r = is_reached(scores, goal)  # [K, N]
+        pursuit = pursued(goal, scores[-1])
         last = step >= args.total_timesteps
         # The first block at or past each multiple
         boundary = stride * args.score_every
@@ -1793,10 +1815,13 @@ def main() -> None:
         if evaluates and RANK == 0:  # the others wait in the next average or gather
             key = args.seed, SELECTION
             summary, _ = evaluate(
-                envs, policy, see, judge, args.eval_episodes, key, train_goals, args, device
-            )
+                envs, play, see, judge, success_by, args.eval_episodes, key, train_goals, args,
+                device,
+            )  # fmt: skip
             if video_envs is not None:
-                _, film = evaluate(video_envs, policy, see, None, 1, key, train_goals, args, device)
+                _, film = evaluate(
+                    video_envs, play, see, judge, None, 1, key, train_goals, args, device
+                )
                 write_video(film, run / "videos" / f"{step}.mp4", writer, step)
             for name, value in summary.items():
                 writer.add_scalar(f"eval/{name}", value, step)
@@ -1830,7 +1855,9 @@ def main() -> None:
             seen[new], _ = see(new_frame[ended])
             stack[new] = seen[new].repeat(1, 1, 1, args.frame_stack)
             traces[new], carried[new], starts = 0, False, new
-            goal, age = np.where(ended, new_goal, goal), np.where(ended, 0, age)
+            age = np.where(ended, 0, age)
+            goal = torch.where(new, torch.from_numpy(new_goal).to(device), goal)
+            pursuit = torch.where(new, first[goal], pursuit)
             lap("env")
     bar.close()
     if WORLD_SIZE > 1:
