@@ -357,6 +357,28 @@ def test_the_other_reward_calibration_and_stack_train_as_well(tmp_path, random_c
     assert "success_rate_lift" not in report["last"]["heldout"]
 
 
+def test_to_place_a_toy_is_to_lift_it_first(tmp_path, random_clip):
+    """With a beta that about half of the scores for lifting exceed, and none for placing."""
+    flags = ["--family", "place", "--temperature", "1", "--beta", str(1 / 38), "--no-capture-video"]
+    result = train(SCRIPT, tmp_path, *SMALL, *flags, "--clip-model", random_clip)
+    assert result.returncode == 0, result.stderr
+    folder = only_run(tmp_path) / "replay" / "0"
+    parts = [torch.load(folder / f"{name}.pt", weights_only=True) for name in ("0-50", "50-100")]
+    score, goal, age = (torch.cat([part[k] for part in parts]) for k in ("score", "goal", "age"))
+    families = []
+    for block in range(1, 100):
+        for n in range(4):
+            now = GOALS[goal[block, n]]
+            lift = now._replace(family="lift", place=None)
+            in_hand = score[block - 1, -1, n, GOALS.index(lift)] > 1 / 38
+            expected = "place" if age[block, n] > 0 and in_hand else "lift"
+            assert now.family == expected
+            families.append(now.family)
+    assert 40 < families.count("place") < 360
+    report = json.loads((only_run(tmp_path) / "report.json").read_text())
+    assert "success_rate_lift" not in report["last"]["train"]  # pursued on the way, but not asked
+
+
 def test_compiled_updates_are_the_same(finished, tmp_path, random_clip, monkeypatch):
     """With a backend that needs no C++ compiler."""
     compiled, compile_with = [], torch.compile
