@@ -1324,7 +1324,7 @@ def evaluate(
     args: Args, device: str,
 ):  # fmt: skip
     """Play `episodes` to the time limit: `play(stack, traces, goal, scores, generator) -> action`,
-    with what `judge(frames, embeddings, infos)` says of the step before, [N, 240].
+    with what `judge(frames, embeddings, infos)` said of the step before, [N, 240], or None.
 
     An episode succeeds if the simulator's state is ever one of its goal; `clip_success(scores
     [T, N, 240], goal)`, if given, says whether CLIP thinks so. Returns the means over the episodes,
