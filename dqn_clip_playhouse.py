@@ -151,6 +151,9 @@ class Args:
     updates_per_step: float = 0.25  # gradient updates per environment step of all ranks
     batch_size: int = 64  # transitions per update and rank
     learning_rate: float = 5e-4  # of Adam
+    anneal_lr: bool = True
+    """lower the learning rate linearly to 0 at --total-timesteps; a resume with a larger one jumps
+    back up, to the line of the longer run"""
     gamma: float = 0.95  # discount factor
     n_step: int = 5  # steps of a target before it bootstraps
     target_every: int = 500  # updates between copies of the network into its target
@@ -1507,7 +1510,9 @@ def main() -> None:
     stacked = example.repeat(1, 1, 1, args.frame_stack)
     q_network = QNetwork(stacked, projection.shape[1]).to(device)
     target = copy.deepcopy(q_network).requires_grad_(False)
-    adam = {"lr": args.learning_rate, "fused": True, "capturable": device == "cuda"}
+    # The learning rate is a tensor, as --compile makes a number a constant.
+    learning_rate = torch.tensor(args.learning_rate, device=device)
+    adam = {"lr": learning_rate, "fused": True, "capturable": device == "cuda"}
     optimizer = torch.optim.Adam(q_network.parameters(), **adam)
     fixed_beta = 0.5 if args.reward == "env" else args.beta or 0.0
     beta = torch.full((len(GOALS),), fixed_beta, device=device)
@@ -1599,12 +1604,12 @@ def main() -> None:
         if args.evaluate is None:  # a replay, perhaps of fewer episodes, leaves the run's report
             (run / "report.json").write_text(json.dumps(report, indent=2) + "\n")
         if video_envs is not None:
-            video = run / "videos" / "best.mp4"
-            _, film = evaluate(
-                video_envs, play, see, judge, None, 1, key, train_goals, args, device
-            )
-            write_video(film, video, None, 0)
-            print(f"video: {video}")
+            one_of_each = {goal.family: goal for goal in reversed(train_goals)}
+            for goal in one_of_each.values():
+                video = run / "videos" / f"best_{goal.prompt.replace(' ', '_')}.mp4"
+                _, film = evaluate(video_envs, play, see, judge, None, 1, key, [goal], args, device)
+                write_video(film, video, None, 0)
+                print(f"video: {video}")
 
     if args.evaluate is not None:
         final_report(args.evaluate)
@@ -1754,6 +1759,8 @@ def main() -> None:
         torch.set_num_threads(1)
         ready = step >= args.learning_starts and replay.head > 0
         due = updates_by(step + stride) - updates_by(step) if ready else 0
+        remaining = 1 - step / args.total_timesteps if args.anneal_lr else 1
+        learning_rate.fill_(args.learning_rate * remaining)
         for _ in range(due):
             s_t, a_t, r_t, s_next, n, g = replay.sample(
                 args.batch_size, beta, args.relabel_fraction, args.n_step, generator

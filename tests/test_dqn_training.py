@@ -309,6 +309,9 @@ def test_a_run_leaves_everything_it_promises(finished):
     for row in report.values():
         assert all(0 <= row[split]["success_rate"] <= 1 for split in ("train", "heldout"))
     assert "video:" in result.stdout and "best" in result.stdout
+    films = {path.name for path in (run / "videos").glob("best*.mp4")}
+    red_block = "best_a_red_block"  # the first training goal of each family
+    assert films == {f"{red_block}{end}.mp4" for end in ("", "_in_the_hand", "_on_the_bed")}
     logged = scalars(run)
     for tag in (
         "charts/episodic_return", "charts/episodic_length", "charts/SPS", "charts/epsilon",
