@@ -65,6 +65,19 @@ def test_an_agents_video_becomes_an_animated_image(tmp_path):
     np.testing.assert_allclose(frames[:, 0, 0, 0], np.arange(0, 100, 4), atol=6)
 
 
+def test_videos_of_one_run_stand_side_by_side(tmp_path):
+    for seed, names in ("1", ("best_a_ball", "best_a_ball_in_the_hand")), ("2", ("best_a_ball",)):
+        folder = tmp_path / "playhouse" / seed / "runs" / "name" / "videos"
+        folder.mkdir(parents=True)
+        for value, name in zip((50, 200), names, strict=False):
+            film = np.full((100, 320, 320, 3), value, np.uint8)
+            imageio.mimwrite(folder / f"{name}.mp4", film, fps=10)
+    plot_results.main(plot_results.Args(tmp_path, runs=tmp_path))
+    frames = np.stack(imageio.mimread(tmp_path / "playhouse.gif"))
+    assert frames.shape[1:3] == (160, 320)
+    np.testing.assert_allclose(frames[0, 80, [80, 240], 0], (50, 200), atol=6)
+
+
 def test_the_band_spans_the_seeds():
     figure, axis = plot_results.plt.subplots()
     plot_results.over_seeds(axis, [run(0.5), run(0.9)], "success_rate", 100, minutes=True)
