@@ -25,9 +25,11 @@ from dqn_clip_playhouse import (  # first: it puts torch before the first GL con
     Replay,
     calibrate,
     check_args,
+    evaluate,
     family_scores,
     main,
     placed_after_lift,
+    random_play,
     remember,
     shrink,
 )
@@ -88,6 +90,73 @@ def test_beta_lets_the_stated_share_of_negatives_pass():
             assert passed[negatives].float().mean() == pytest.approx(0.01, abs=0.001)
     own = {goal.family: beta[i] for i, goal in enumerate(TRAIN_GOALS)}
     assert all(beta[GOALS.index(goal)] == own[goal.family] for goal in HELDOUT_GOALS)
+
+
+class Recorder:
+    """Stands for two environments with episodes of 100 steps: frame t shows the number t."""
+
+    num_envs = 2
+
+    def __init__(self):
+        self.actions = []
+
+    def reset_async(self, seed, options=None):
+        self.t = 0
+
+    def reset_wait(self, timeout):
+        return self._frames(), {"goal": np.array([0, TRAIN - 1])}
+
+    def step_async(self, action):
+        self.actions.append(action)
+        self.t += 1
+
+    def step_wait(self, timeout):
+        info = {"success": np.array([self.t == 50, False])}
+        return self._frames(), None, None, np.full(2, self.t == 100), info
+
+    def _frames(self):
+        return np.full((2, 4, 4, 3), self.t, np.uint8)
+
+
+def frame_numbers(frames: np.ndarray) -> torch.Tensor:
+    """[N, 240] of what the recorder's frames show."""
+    return torch.from_numpy(frames[:, 0, 0, :1]).float().expand(-1, ALL)
+
+
+def test_random_play_does_all_but_grab():
+    envs = Recorder()
+    scores, reached = random_play(envs, frame_numbers, (1,), Args(calibration_episodes=4))
+    assert scores[:, 0].tolist() == [t for t in range(1, 101) for _ in "ab"] * 2
+    assert reached is None
+    actions = {ACTIONS[a] for a in np.concatenate(envs.actions)}
+    assert actions == set(ACTIONS) - {"grab"}
+
+
+def test_an_evaluation_acts_on_what_was_judged_of_the_frame_before():
+    asked = []
+
+    def play(stack, traces, goal, scores, generator):
+        assert goal.tolist() == [0, TRAIN - 1]
+        asked.append((stack[0, 0, 0, 0].item(), None if scores is None else scores[0, 0].item()))
+        return torch.tensor([3, 8])
+
+    def judge(frames, embeddings, infos):
+        return torch.stack([frame_numbers(frame) for frame in frames])
+
+    def by_clip(scores, goal):
+        assert scores[:, 1, 7].tolist() == list(range(1, 101))
+        return np.array([True, True])
+
+    def see(frames):
+        return torch.from_numpy(frames), None
+
+    goals, args = TRAIN_GOALS, Args()
+    means, film = evaluate(Recorder(), play, see, judge, by_clip, 2, (1,), goals, args, "cpu")
+    assert asked == [(0, None)] + [(t, t) for t in range(1, 100)]
+    first, second = TRAIN_GOALS[0].family, TRAIN_GOALS[-1].family
+    assert means["success_rate"] == 0.5 and means["clip_success"] == 1
+    assert means[f"success_rate_{first}"] == 1 and means[f"success_rate_{second}"] == 0
+    assert film[:, 0, 0, 0].tolist() == list(range(101))
 
 
 # ---- Replay -------------------------------------------------------------------------------------
