@@ -468,7 +468,7 @@ def test_compiled_updates_are_the_same(tmp_path, random_clip, monkeypatch):
     monkeypatch.setattr(torch, "compile", count)
     monkeypatch.chdir(tmp_path)
     flags = [*SMALL, "--clip-model", str(random_clip), "--no-capture-video"]
-    flags += ["--temperature", "1", "--policy-temperature", "1"]
+    flags += ["--temperature", "1", "--policy-temperature", "1", "--updates-per-step", "0.1"]
     monkeypatch.setattr(sys, "argv", [SCRIPT, *flags, "--compile"])
     main()
     assert compiled[-1] == "update"

@@ -560,12 +560,12 @@ def test_the_running_reward_trains_as_well(tmp_path):
 
 def test_an_easy_reward_is_learned(tmp_path, monkeypatch):
     flags = {
-        "--total-timesteps": 6400, "--num-envs": 8, "--learning-starts": 800, "--hidden": 64,
-        "--batch-size": 128, "--updates-per-step": 0.5, "--eval-every": 3200,
+        "--total-timesteps": 12800, "--num-envs": 8, "--learning-starts": 800, "--hidden": 64,
+        "--batch-size": 128, "--updates-per-step": 0.5, "--eval-every": 6400,
         "--eval-episodes": 8, "--final-episodes": 8, "--device": "cpu",
         "--ent-coef": 0.02,  # a learned one would first have to find its level
-        "--greedy-envs": 0,  # 3200 actions are few to explore with
-        "--actor-tau": 0.01,  # and so are 3200 updates for the average
+        "--greedy-envs": 0,  # 6400 actions are few to explore with
+        "--actor-tau": 0.01,  # and so are 6000 updates for the average
     }  # fmt: skip
     arguments = [str(word) for flag in flags.items() for word in flag]
     monkeypatch.chdir(tmp_path)
@@ -582,9 +582,8 @@ def test_an_easy_reward_is_learned(tmp_path, monkeypatch):
     assert origins == {None}  # target networks whose graph grows would fill the memory
     report = json.loads((only_run(tmp_path) / "report.json").read_text())
     others = max(report["random"]["clip_return"], report["zero"]["clip_return"])
-    assert (
-        report["last"]["clip_return"] > others + 3
-    )  # by 10 to 19 in three seeds; the two others lie 3 apart
+    # Seed 1 by 20; seeds 2, 3, 4 by 9, -3 and 8, so this is near the least that learns at all.
+    assert report["last"]["clip_return"] > others + 3
 
 
 class Content(torch.nn.Module):
