@@ -1604,8 +1604,8 @@ def main() -> None:
         if args.evaluate is None:  # a replay, perhaps of fewer episodes, leaves the run's report
             (run / "report.json").write_text(json.dumps(report, indent=2) + "\n")
         if video_envs is not None:
-            one_of_each = {goal.family: goal for goal in reversed(train_goals)}
-            for goal in one_of_each.values():
+            first_of_each = {goal.family: goal for goal in reversed(train_goals)}
+            for goal in first_of_each.values():
                 video = run / "videos" / f"best_{goal.prompt.replace(' ', '_')}.mp4"
                 _, film = evaluate(video_envs, play, see, judge, None, 1, key, [goal], args, device)
                 write_video(film, video, None, 0)
@@ -1759,7 +1759,8 @@ def main() -> None:
         torch.set_num_threads(1)
         ready = step >= args.learning_starts and replay.head > 0
         due = updates_by(step + stride) - updates_by(step) if ready else 0
-        remaining = 1 - step / args.total_timesteps if args.anneal_lr else 1
+        # The last block may end past --total-timesteps.
+        remaining = max(1 - step / args.total_timesteps, 0) if args.anneal_lr else 1
         learning_rate.fill_(args.learning_rate * remaining)
         for _ in range(due):
             s_t, a_t, r_t, s_next, n, g = replay.sample(

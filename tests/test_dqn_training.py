@@ -390,6 +390,10 @@ def test_a_run_leaves_everything_it_promises(finished):
         assert all(math.isfinite(e.value) for e in logged[tag][1:]), tag
     assert [e.step for e in logged["eval/clip_success"]] == [800, 1600]
     assert logged["charts/epsilon"][-1].value == pytest.approx(0.05)
+    optimizer = torch.load(run / "last.pt", weights_only=True)["optimizer"]
+    last_step = 1600 - 4  # before it; the learning rate falls to 0 at 1600
+    rate = optimizer["param_groups"][0]["lr"].item()
+    assert rate == pytest.approx(Args().learning_rate * (1 - last_step / 1600))
 
 
 def test_training_moves_every_parameter(finished, random_clip):
@@ -413,11 +417,13 @@ def test_killed_and_resumed_equals_uninterrupted(finished, tmp_path, random_clip
 def test_the_other_reward_calibration_and_stack_train_as_well(tmp_path, random_clip):
     flags = ["--reward", "projection", "--alpha", "0.5", "--calibrate-with-labels"]
     flags += ["--frame-stack", "2", "--family", "find", "--no-capture-video"]
-    flags += ["--policy-input", "pixels"]
+    flags += ["--policy-input", "pixels", "--total-timesteps", "1604"]
     result = train(SCRIPT, tmp_path, *SMALL, *flags, "--clip-model", random_clip)
     assert result.returncode == 0, result.stderr
     state = torch.load(only_run(tmp_path) / "last.pt", weights_only=True)
     assert state["q_network"]["stem.0.weight"].shape[1] == 6  # channels of two frames
+    # It ends with a whole block, at 1616, and learns no more after 1604.
+    assert state["step"] == 1616 and state["optimizer"]["param_groups"][0]["lr"] == 0
     of_find = torch.tensor([goal.family == "find" for goal in GOALS])
     replay = torch.load(only_run(tmp_path) / "replay" / "0" / "50-100.pt", weights_only=True)
     scores = replay["score"][..., ~of_find[:TRAIN]]
