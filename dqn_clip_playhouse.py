@@ -430,7 +430,7 @@ class PlayhouseEnv(gym.Env):
 
     ## Starting State
     On a free spot of the floor in the room of the goal's toy, at least 1.5 m from it, in any
-    direction, looking 25 degrees down.
+    direction, looking 25 degrees down. The place where the toy shall lie is in that room too.
 
     ## Episode End
     Never by itself; `gym.make` truncates after `max_episode_steps` (100).
@@ -489,6 +489,9 @@ class PlayhouseEnv(gym.Env):
         self._spots = []  # on the floor, taken by toys and the agent
         for i, (colour, kind) in enumerate(self.toys):
             self._toy(spec, f"toy{i}", colour, kind)
+        place = self.furniture.get(self.goal.place)
+        if place is not None and place[0] * spec.body("toy0").pos[0] < 0:  # in different rooms
+            raise NoRoom
         self._agent(spec)
         return spec.compile()
 
@@ -1075,6 +1078,8 @@ class Replay:
         self.blocks = C = capacity // (N * K)
         self.num_envs, self.steps, self.stack, self.device = N, K, stack, device
         self.head = 0  # the next block
+        families = torch.tensor([FAMILIES.index(goal.family) for goal in TRAIN_GOALS])
+        self.family = F.one_hot(families).float().to(device)  # [190, 3]
         rings = {
             "seen": ((C, K + 1, *seen.shape), seen.dtype),
             "action": ((C, K, N), torch.uint8),
@@ -1134,7 +1139,10 @@ class Replay:
             use = torch.rand(batch_size, generator=generator, device=self.device) < relabel
             use &= offered.any(1)
             offered[~use, 0] = True  # multinomial wants something to draw from
-            pick = torch.multinomial(offered.float(), 1, generator=generator)[:, 0]
+            # First a family, as a home draws its goal: most toys are only found, on the way.
+            rivals = offered.float() @ self.family @ self.family.mT  # [B, 190], of a goal's family
+            chances = offered / rivals.clamp(min=1)
+            pick = torch.multinomial(chances, 1, generator=generator)[:, 0]
             goal = torch.where(use, pick, goal)
         ahead = torch.arange(n_step, device=self.device)
         times = t[:, None] + torch.minimum(ahead, left[:, None] - 1)  # [B, n_step]
@@ -1792,12 +1800,15 @@ def main() -> None:
         scores = judge(*zip(*((p.frame, p.embedding, p.info) for p in pending), strict=True))
         stop_if_nan("the CLIP reward", [scores])
         scores, carried = counted(scores, carried)  # [K, N, 240]
+        # Half of the blocks of a first stage are trained for the goal itself: else nothing would
+        # tell what it is worth without the toy in the hand, and to drop the toy would cost nothing.
+        looks_ahead = torch.rand(args.num_envs, **options) < 0.5
         replay.add(
             seen=torch.stack([p.seen for p in pending] + [seen]),
             action=torch.stack([p.action for p in pending]),
             traces=torch.stack([p.traces for p in pending]),
             score=scores[..., : len(TRAIN_GOALS)],
-            goal=pursuit,
+            goal=torch.where(looks_ahead, goal, pursuit),
             age=torch.from_numpy(age).to(device),
         )
         success = np.stack([p.info["success"] for p in pending])  # [K, N]

@@ -94,6 +94,8 @@ def test_each_home_has_what_its_goal_needs(env):
         assert 4 <= len(env.toys) <= 6 and set(PLACES) <= set(env.furniture)
         toy = env.toy_position(0)[:2]
         assert np.linalg.norm(env.position - toy) > 1.4 and env.position[0] * toy[0] > 0
+        if goal.place is not None:
+            assert env.furniture[goal.place][0] * toy[0] > 0  # in one room
         # Both words matter: another toy of this kind, and another of this colour.
         assert sum(kind == goal.kind for _, kind in env.toys) >= 2
         assert sum(colour == goal.colour for colour, _ in env.toys) >= 2
