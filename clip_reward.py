@@ -175,7 +175,6 @@ class CLIPReward(torch.nn.Module):
             self.clip.visual.forward_intermediates = torch.compile(maps)
         words = Path(model) / "vocabulary.txt"
         self.vocabulary = set(words.read_text().split()) if words.is_file() else None
-        self.warned = set()
 
         # (x / 255 - mean) / std as one multiply-add on bytes, x * scale + shift
         mean_std = [self.preprocessing["mean"], self.preprocessing["std"]]
@@ -202,9 +201,7 @@ class CLIPReward(torch.nn.Module):
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         for prompt in prompts if self.vocabulary else []:
-            words = set(re.findall(r"[a-z]+", prompt.lower())) - self.vocabulary
-            unknown = sorted(words - self.warned)
-            self.warned |= words
+            unknown = sorted(set(re.findall(r"[a-z]+", prompt.lower())) - self.vocabulary)
             if unknown:
                 warnings.warn(
                     f"this CLIP was never taught the word(s) {', '.join(map(repr, unknown))}: it "

@@ -24,14 +24,15 @@ import threading
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 os.environ.setdefault("LP_NUM_THREADS", "0")  # Mesa: each worker renders on its own core
-os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # to ask for CUDA does not start it
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # else it starts CUDA
 if sys.platform == "linux":
     os.environ.setdefault("MUJOCO_GL", "egl")
 
@@ -47,7 +48,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-# before mujoco: torch goes ahead of GL
+# before mujoco: it imports torch, which must be loaded before GL
 from clip_reward import CLIPReward, contrastive_reward, goal_baseline_reward
 
 GL_REMEDY = (
@@ -140,8 +141,8 @@ class Args:
     compile: bool = False
     """torch.compile CLIP's image tower and the updates, which on CUDA become one CUDA graph"""
     score_every: int = 4
-    """steps of all environments that make one block: episodes end only after it, and where the
-    policy sees pixels, its frames are one CLIP batch"""
+    """steps of all environments that make one block: episodes end, or go on from lifting to
+    placing, only after it; where the policy sees pixels, its frames are one CLIP batch"""
 
     # ---- Algorithm
 
@@ -176,11 +177,11 @@ class Args:
     policy_size: int = 48  # width and height in pixels of the frames, where it sees pixels
 
 
-def check(condition: object, message: str, exit_code: int = 2) -> None:
+def check(condition: object, message: str) -> None:
     """Unless the condition holds, stop with one line that names flag, value and remedy."""
     if not condition:
         print(message, file=sys.stderr)
-        raise SystemExit(exit_code)
+        raise SystemExit(2)
 
 
 def check_args(args: Args) -> None:
@@ -209,7 +210,7 @@ def check_args(args: Args) -> None:
     divides = MAX_STEPS % args.score_every == 0
     require("score_every", divides, f"must divide the {MAX_STEPS} steps of an episode")
     divides = args.policy_size % 8 == 0 and args.frame_size % args.policy_size == 0
-    divides |= args.policy_input == "clip"  # without effect then
+    divides |= args.policy_input == "clip"  # it has no effect then
     remedy = f"must be a multiple of 8 that divides --frame-size {args.frame_size}"
     require("policy_size", divides, remedy)
     remedy = f"must be at most --score-every {args.score_every}"
@@ -225,9 +226,8 @@ def check_args(args: Args) -> None:
         require(name, getattr(args, name) >= least, remedy)
     wandb = importlib.util.find_spec("wandb")
     require("track", not args.track or wandb, "wandb is missing; pip install wandb")
-    alone = WORLD_SIZE == 1
-    require("evaluate", alone or args.evaluate is None, "start it without torchrun")
-    require("tour", alone or not args.tour, "start it without torchrun")
+    alone = WORLD_SIZE == 1 or not (args.evaluate or args.tour)
+    check(alone, "--evaluate, --tour: start them without torchrun")
     cuda = args.device != "cuda" or torch.cuda.is_available()
     require("device", cuda, "no such device; take cpu, or install a CUDA build of torch")
     require("output", not args.tour or args.output.suffix == ".mp4", "must end in .mp4")
@@ -275,9 +275,10 @@ COLUMNS = {  # of each family in GOALS
     split: {f: [GOALS.index(goal) for goal in goals if goal.family == f] for f in FAMILIES}
     for split, goals in (("train", TRAIN_GOALS), ("heldout", HELDOUT_GOALS))
 }
-PLACE = COLUMNS["train"]["place"] + COLUMNS["heldout"]["place"]
-LIFT = [GOALS.index(GOALS[i]._replace(family="lift", place=None)) for i in PLACE]  # the same toys
-FIRST = [dict(zip(PLACE, LIFT, strict=True)).get(i, i) for i in range(len(GOALS))]  # first stage
+STAGE_ONE = [  # of each goal: to lift the toy that is to be placed, else the goal itself
+    GOALS.index(goal._replace(family="lift", place=None) if goal.family == "place" else goal)
+    for goal in GOALS
+]
 
 
 def part(shape, size, pos=(0, 0, 0), rgb=None, quat=(1, 0, 0, 0)):
@@ -486,7 +487,7 @@ class PlayhouseEnv(gym.Env):
         )
         self._rooms(spec)
         self._furniture(spec)
-        self._spots = []  # on the floor, taken by toys and the agent
+        self._spots, self._used = [], set()  # on the floor and on furniture, that are taken
         for i, (colour, kind) in enumerate(self.toys):
             self._toy(spec, f"toy{i}", colour, kind)
         place = self.furniture.get(self.goal.place)
@@ -614,7 +615,7 @@ class PlayhouseEnv(gym.Env):
             rgba=(0, 0, 0, 0), density=2000, group=TOY_GROUP, condim=1, priority=1,  # slides
         )  # fmt: skip
         skin = {"type": mujoco.mjtGeom.mjGEOM_BOX, "contype": 0, "conaffinity": 0}
-        skin |= {"rgba": (0.85, 0.62, 0.48, 1)}
+        skin |= {"rgba": (0.85, 0.62, 0.48, 1), "group": TOY_GROUP}
         agent.add_geom(size=(0.09, 0.02, 0.016), pos=(0.32, -0.16, 0.42), **skin)
         agent.add_geom(size=(0.045, 0.03, 0.01), pos=(0.44, -0.14, 0.43), **skin)
         for i, tilt in enumerate(TILTS):  # a camera looks along its -z, with y up
@@ -643,8 +644,7 @@ class PlayhouseEnv(gym.Env):
         strangers = [other for other in others if other not in kin]
         self.toys = [toy, *kin, *strangers[: int(rng.integers(1, 4))]]
         while True:
-            try:
-                self._used = set()
+            with suppress(NoRoom):  # or no way
                 self.model = self._home()
                 self.data = mujoco.MjData(self.model)
                 self._settle()
@@ -652,8 +652,6 @@ class PlayhouseEnv(gym.Env):
                 if self.goal.place is not None:
                     route(self, self.points_on(self.goal.place), *RELEASE_FROM)
                 break
-            except NoRoom:  # or no way
-                continue
         self.close()
         return self._frame(), self._info()
 
@@ -703,9 +701,8 @@ class PlayhouseEnv(gym.Env):
         """No wall or furniture stands between the eye and the toy."""
         eye = self.data.camera(f"eye{self._tilt}").xpos
         hit, home = np.zeros(1, np.int32), np.array([1, 0, 0, 0, 0, 0], np.uint8)
-        agent = self.model.body("agent").id  # the hand does not hide it
         to_toy = self.toy_position(toy) - eye
-        free = mujoco.mj_ray(self.model, self.data, eye, to_toy, home, True, agent, hit)
+        free = mujoco.mj_ray(self.model, self.data, eye, to_toy, home, True, -1, hit)
         return free < 0 or free > 1  # in units of the ray
 
     def _release(self) -> None:
@@ -943,9 +940,11 @@ def draw_one_frame() -> None:
 def make_envs(args: Args, num_envs: int, size: int) -> gym.vector.AsyncVectorEnv:
     """One home in each worker process; frames come back through shared memory."""
 
+    main_process = os.getpid()
+
     def make_env():
-        parent = multiprocessing.parent_process()
-        if parent is not None:  # in a worker: Ctrl-C is for the parent, its death for both
+        if os.getpid() != main_process:  # a worker: Ctrl-C is for the parent, its death for both
+            parent = multiprocessing.parent_process()
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
@@ -972,7 +971,8 @@ def goals_for(args: Args, goals: Sequence[Goal]) -> list[Goal]:
 
 @contextmanager
 def worker_failures(envs: gym.vector.AsyncVectorEnv, stage: str):
-    """A worker that dies, hangs or raises ends the run in one line; no process is left behind."""
+    """A worker that dies, hangs or raises ends the run in one line, after the traceback that
+    gymnasium prints of what it raised; no process is left behind."""
     try:
         yield
     except Exception as error:
@@ -983,13 +983,11 @@ def worker_failures(envs: gym.vector.AsyncVectorEnv, stage: str):
             process.kill()  # one that hangs in the driver ignores SIGTERM
         envs.closed = True  # its own close() would wait for them
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        print(
+        raise SystemExit(
             f"{stage}: worker {dead or silent} of {envs.num_envs} {'died' if dead else 'failed'} "
             f"({reason}). MUJOCO_GL is {os.environ.get('MUJOCO_GL')}: try a lower --num-envs, "
-            "MUJOCO_GL=osmesa, or a longer --worker-timeout",
-            file=sys.stderr,
-        )
-        raise SystemExit(1) from None
+            "MUJOCO_GL=osmesa, or a longer --worker-timeout"
+        ) from None
 
 
 def family_scores(rewards: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -1005,7 +1003,7 @@ def family_scores(rewards: torch.Tensor, temperature: float) -> torch.Tensor:
     return p
 
 
-def random_play(envs, score, key: tuple, args: Args):
+def random_play(envs, judge, key: tuple, args: Args):
     """Scores [M, 240] of the frames of random episodes and, if the environments tell, whether the
     goals are reached in them [M, 240], else None. It grabs nothing: a toy that it happened to hold
     for a while would be half of all that scores high, and count as a mistake."""
@@ -1020,7 +1018,7 @@ def random_play(envs, score, key: tuple, args: Args):
             with worker_failures(envs, "calibration"):
                 envs.step_async(rng.choice(harmless, size=envs.num_envs))
                 frames, *_, info = envs.step_wait(timeout=args.worker_timeout)
-            scores.append(score(frames))
+            scores.append(judge([frames], [None], [info])[0])
             if "reached" in info:
                 reached.append(torch.from_numpy(info["reached"]))
     return torch.cat(scores), torch.cat(reached).to(scores[0].device) if reached else None
@@ -1038,16 +1036,17 @@ def calibrate(scores: torch.Tensor, reached: torch.Tensor | None, rate: float) -
     return beta
 
 
-def placed_after_lift(scores: torch.Tensor, beta: torch.Tensor, carried: torch.Tensor):
-    """Scores [T, N, 240] of T steps, without those of the place goals (-inf) whose toy was not in
-    the hand before, or still is; CLIP decides that too. `carried` [N, 144] says whose toy was in
-    the hand before these steps; the second result, after them."""
-    in_hand = scores[..., LIFT] > beta[LIFT]  # [T, N, 144]
-    carried = torch.cat([carried[None], in_hand]).cumsum(0) > 0  # [T + 1, N, 144]
-    counts = carried[:-1] & ~in_hand
-    scores = scores.clone()
-    scores[..., PLACE] = scores[..., PLACE].where(counts, -math.inf)
-    return scores, carried[-1]
+def after_stage_one(
+    scores: torch.Tensor, beta: torch.Tensor, carried: torch.Tensor, stage_one: torch.Tensor
+):
+    """Scores [T, N, 240] of T steps, without those (-inf) of the goals of two stages whose toy was
+    not in the hand before, or still is; CLIP decides that too. `carried` [N, 240] says whose toy
+    was in the hand before these steps; the second result, after them. `stage_one` [240] is the
+    index of each goal's first stage, its own where it has but one."""
+    in_hand = (scores > beta)[..., stage_one]  # [T, N, 240]
+    carried = torch.cat([carried[None], in_hand]).cumsum(0) > 0  # [T + 1, N, 240]
+    one_stage = stage_one == torch.arange(len(GOALS), device=stage_one.device)
+    return scores.where(carried[:-1] & ~in_hand | one_stage, -math.inf), carried[-1]
 
 
 # What the network knows of the past: how often each action was taken of late, as running averages
@@ -1203,12 +1202,10 @@ def rank_failures():
         yield
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
-        check(
-            False,
+        raise SystemExit(
             f"rank {RANK} of {WORLD_SIZE}: cannot reach the others ({reason}); --resume continues "
-            "a run from its last checkpoint",
-            exit_code=1,
-        )
+            "a run from its last checkpoint"
+        ) from None
 
 
 @torch.compiler.disable
@@ -1311,17 +1308,6 @@ def shrink(frames: np.ndarray, size: int, device) -> torch.Tensor:
     return x.unflatten(2, (size, factor)).unflatten(1, (size, factor)).float().mean((2, 4)).byte()
 
 
-class Step(NamedTuple):
-    """One step of all N environments, on its way to the replay."""
-
-    seen: torch.Tensor  # [N, h, w, C], before it
-    traces: torch.Tensor  # [N, 27], before it
-    action: torch.Tensor  # [N]
-    frame: np.ndarray  # [N, H, W, 3], after it
-    embedding: torch.Tensor | None  # [N, D], of the frame, if it is known
-    info: dict
-
-
 TRAINING, SELECTION, REPORT, CALIBRATION, NOISE = range(5)  # uses of --seed, each a stream
 
 
@@ -1331,11 +1317,12 @@ def reset_seed(*key: int) -> int:
 
 
 def evaluate(
-    envs, play, see, judge, clip_success, episodes: int, key: tuple, goals: Sequence[Goal],
-    args: Args, device: str,
+    envs, play, episodes: int, key: tuple, goals: Sequence[Goal],
+    see, judge, clip_success, args: Args, device: str,
 ):  # fmt: skip
     """Play `episodes` to the time limit: `play(stack, traces, goal, scores, generator) -> action`,
-    with what `judge(frames, embeddings, infos)` said of the step before, [N, 240], or None.
+    with what `judge(frames, embeddings, infos)` said of the last step of the last block, [N, 240],
+    or None: as in training, a goal's stage changes between blocks.
 
     An episode succeeds if the simulator's state is ever one of its goal; `clip_success(scores
     [T, N, 240], goal)`, if given, says whether CLIP thinks so. Returns the means over the episodes,
@@ -1352,24 +1339,26 @@ def evaluate(
         seen, _ = see(frame)
         stack = seen.repeat(1, 1, 1, args.frame_stack)
         traces = torch.zeros(envs.num_envs, TRACES, device=device)
-        frames, scores, truncated = [frame], [], np.zeros(1, bool)
+        frames, scores, truncated = [frame[0].copy()], [], np.zeros(1, bool)
         while not truncated.all():  # all at once
-            a = play(stack, traces, goal, scores[-1] if scores else None, generator)
+            blocks = len(scores) // args.score_every  # that are over
+            judged = scores[blocks * args.score_every - 1] if blocks else None
+            a = play(stack, traces, goal, judged, generator)
             with worker_failures(envs, "evaluation"):
                 envs.step_async(a.cpu().numpy())
                 frame, _, _, truncated, info = envs.step_wait(timeout=args.worker_timeout)
-            frames.append(frame)
+            frames.append(frame[0].copy())
             seen, s = see(frame)
             scores.append(judge([frame], [s], [info])[0])
             stack = torch.cat([stack[..., seen.shape[-1] :], seen], -1)
             traces = remember(traces, a)
             success |= info["success"]
-        film = np.stack([frame[0] for frame in frames]) if film is None else film
-        judged = {"success_rate": success}
+        film = np.stack(frames) if film is None else film
+        by = {"success_rate": success}
         if clip_success is not None:
-            judged["clip_success"] = clip_success(torch.stack(scores), goal)
+            by["clip_success"] = clip_success(torch.stack(scores), goal)
         for i in range(min(envs.num_envs, episodes - first)):
-            for name, values in judged.items():
+            for name, values in by.items():
                 results[name].append(values[i])
                 results[f"{name}_{GOALS[goal[i]].family}"].append(values[i])
     means = {name: float(np.mean(results[name])) for name in sorted(results)}
@@ -1461,7 +1450,8 @@ def main() -> None:
     if args.tour:
         missed = tour(args.output, args.seed)
         print(f"video: {args.output}")
-        check(not missed, f"--tour: not reached in this home: {', '.join(missed)}", exit_code=1)
+        if missed:
+            raise SystemExit(f"--tour: not reached in this home: {', '.join(missed)}")
         return
     device = args.device
     if device == "auto":
@@ -1474,20 +1464,11 @@ def main() -> None:
         # torch.cuda.is_bf16_supported would start CUDA before the fork
         has_bf16 = device == "cuda" or torch.cpu._is_amx_tile_supported()
         args.precision = "bf16" if has_bf16 else "fp32"
-    try:  # with --reward env for its embeddings alone
-        clip = CLIPReward(
-            args.clip_model, [goal.prompt for goal in GOALS], args.baseline, args.alpha,
-            precision=args.precision, compile=args.compile,
-        )  # fmt: skip
-        blank = np.zeros((args.num_envs, args.frame_size, args.frame_size, 3), np.uint8)
-        if args.policy_input == "clip":
-            with torch.compiler.set_stance("force_eager"):  # to compile would start CUDA
-                clip.encode_maps(blank[:1])
-    except ValueError as error:
-        check(False, str(error))
     # The workers are forked before this process touches CUDA, and never touch it themselves.
     envs = make_envs(args, args.num_envs, args.frame_size)
-    video_size = args.policy_size * math.ceil(VIDEO_SIZE / args.policy_size)
+    video_size = VIDEO_SIZE
+    if args.policy_input == "pixels":  # it is shrunk to what the policy sees
+        video_size = args.policy_size * math.ceil(VIDEO_SIZE / args.policy_size)
     films = args.capture_video and RANK == 0 or args.evaluate is not None
     video_envs = make_envs(args, 1, video_size) if films else None
     if device == "cuda":
@@ -1495,7 +1476,16 @@ def main() -> None:
     if WORLD_SIZE > 1:
         backend = "nccl" if device == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=2))  # they wait for evaluations
-    clip.to(device)
+    try:  # with --reward env for the prompts' embeddings, and for what the policy sees
+        clip = CLIPReward(
+            args.clip_model, [goal.prompt for goal in GOALS], args.baseline, args.alpha,
+            device=device, precision=args.precision, compile=args.compile,
+        )  # fmt: skip
+        blank = np.zeros((args.num_envs, args.frame_size, args.frame_size, 3), np.uint8)
+        if args.policy_input == "clip":
+            clip.encode_maps(blank)
+    except ValueError as error:
+        check(False, str(error))
     shared = clip.goal[: len(TRAIN_GOALS)].mean(0)  # what all prompts have in common
     text = F.normalize(clip.goal - shared, dim=-1)  # [240, D]
     train_goals, heldout_goals = goals_for(args, TRAIN_GOALS), goals_for(args, HELDOUT_GOALS)
@@ -1504,7 +1494,7 @@ def main() -> None:
     torch.manual_seed(args.seed)
     # The network sees CLIP's embeddings along the (at most 128) directions in which goals differ.
     axes = torch.linalg.svd(text[: len(TRAIN_GOALS)], full_matrices=False).Vh[:128]
-    projection = axes.T.contiguous()  # [D, C]
+    projection = gather(axes.T.cpu())[0].to(device)  # [D, C], of one sign on all ranks
 
     def see(frames: np.ndarray) -> tuple[torch.Tensor, torch.Tensor | None]:
         """What the network sees of frames [N, H, W, 3]: [N, h, w, C], and CLIP's embeddings [N, D]
@@ -1527,28 +1517,25 @@ def main() -> None:
     generator = torch.Generator(device).manual_seed(reset_seed(args.seed, NOISE, RANK))
 
     temperature = args.temperature or clip.temperature
-    first = torch.tensor(FIRST if args.place_after_lift else range(len(GOALS)), device=device)
+    stages = STAGE_ONE if args.place_after_lift else range(len(GOALS))
+    stage_one = torch.tensor(stages, device=device)
     trained = torch.tensor([args.family in ("all", goal.family) for goal in GOALS], device=device)
-    trained[first[trained]] = True
-    nothing = torch.zeros(args.num_envs, len(PLACE), dtype=torch.bool, device=device)
+    trained[stage_one[trained]] = True
+    nothing = torch.zeros(args.num_envs, len(GOALS), dtype=torch.bool, device=device)
 
-    def score(frames, embeddings: Sequence[torch.Tensor | None] = (None,)) -> torch.Tensor:
-        """CLIP's score of each frame, [N, H, W, 3] or T of them, for each goal: [..., 240]. Their
-        embeddings may be known, T of [N, D]."""
+    def judge(frames, embeddings, infos) -> torch.Tensor:
+        """CLIP's scores of T steps for all goals, [T, N, 240], or with --reward env the truth. The
+        frames' embeddings may be known, T of [N, D] or None."""
+        if args.reward == "env":
+            return torch.from_numpy(np.stack([i["reached"] for i in infos])).to(device).float()
         if embeddings[0] is None:
-            frames = np.asarray(frames)
-            s = clip.encode_frames(frames.reshape(-1, *frames.shape[-3:]))
-            s = s.unflatten(0, frames.shape[:-3])
+            frames = np.stack(frames)  # [T, N, H, W, 3]
+            s = clip.encode_frames(frames.reshape(-1, *frames.shape[2:]))
+            s = s.unflatten(0, frames.shape[:2])
         else:
             s = torch.stack(embeddings)
         rewards = goal_baseline_reward(s, clip.goal, clip.baseline, args.alpha)
         return family_scores(rewards, temperature) if args.reward == "contrastive" else rewards
-
-    def judge(frames, embeddings, infos) -> torch.Tensor:
-        """Of T steps, the scores of all goals, or with --reward env the truth: [T, N, 240]."""
-        if args.reward == "env":
-            return torch.from_numpy(np.stack([i["reached"] for i in infos])).to(device).float()
-        return score(frames, embeddings)
 
     def probabilities(q: torch.Tensor) -> torch.Tensor:
         """Probabilities of the actions, [B, 9]. Q falls by gamma with each step to the goal; its
@@ -1556,17 +1543,16 @@ def main() -> None:
         return F.softmax(q.clamp(min=0.01).log() / args.policy_temperature, -1)
 
     def counted(scores: torch.Tensor, carried: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The scores [T, N, 240] that count, and what was carried [N, 144] until after them."""
-        if args.place_after_lift:
-            scores, carried = placed_after_lift(scores, beta, carried)
+        """The scores [T, N, 240] that count, and what was carried [N, 240] until after them."""
+        scores, carried = after_stage_one(scores, beta, carried, stage_one)
         return scores.where(trained, -math.inf), carried
 
     def pursued(goal: torch.Tensor, scores: torch.Tensor | None) -> torch.Tensor:
         """What to go for [N] on the way to goals [N], after a step's scores [N, 240]."""
+        stage = stage_one[goal]
         if scores is None:
-            return first[goal]
-        done = scores.gather(1, first[goal][:, None])[:, 0] > beta[first[goal]]
-        return torch.where(done, goal, first[goal])
+            return stage
+        return torch.where(scores.gather(1, stage[:, None])[:, 0] > beta[stage], goal, stage)
 
     def is_reached(scores: torch.Tensor, goal: torch.Tensor) -> np.ndarray:
         """Where the reward of an episode's own goal [N] is 1: scores [T, N, 240] -> [T, N]."""
@@ -1589,7 +1575,19 @@ def main() -> None:
         """Whether CLIP's reward was ever 1 in N episodes with scores [T, N, 240]."""
         return is_reached(counted(scores, nothing[: len(goal)])[0], goal).any(0)
 
-    success_by = None if args.reward == "env" else clip_success
+    by_clip = None if args.reward == "env" else clip_success
+    assess = partial(evaluate, see=see, judge=judge, clip_success=by_clip, args=args, device=device)
+
+    def adopt(state: dict, run: Path) -> None:
+        """What a checkpoint of this CLIP plays with."""
+        saved = state["prompts"].to(device)
+        check(
+            saved.shape == clip.goal.shape and (saved * clip.goal).sum(-1).min() > 0.99,
+            f"--clip-model {args.clip_model}: not the CLIP that {run} was started with; name that",
+        )
+        q_network.load_state_dict(state["q_network"])
+        projection.copy_(state["projection"])
+        beta.copy_(state["beta"])
 
     def final_report(run: Path) -> None:
         """The best and the last agent, beside a random one, in unseen homes."""
@@ -1598,15 +1596,9 @@ def main() -> None:
             file = "last.pt" if name == "last" else "best.pt"
             if not (run / file).exists():
                 continue  # killed between its first evaluation and its first checkpoint
-            state = load_checkpoint(run, file, "--evaluate")
-            q_network.load_state_dict(state["q_network"])
-            projection.copy_(state["projection"])
-            beta.copy_(state["beta"])
+            adopt(load_checkpoint(run, file, "--evaluate"), run)
             for split, goals in (("train", train_goals), ("heldout", heldout_goals)):
-                report[name][split], _ = evaluate(
-                    envs, player, see, judge, success_by, args.final_episodes, key, goals, args,
-                    device,
-                )  # fmt: skip
+                report[name][split], _ = assess(envs, player, args.final_episodes, key, goals)
                 numbers = ", ".join(f"{k} {v:.3f}" for k, v in report[name][split].items())
                 print(f"{name:>6}, {split:>7} goals: {numbers}")
         if args.evaluate is None:  # a replay, perhaps of fewer episodes, leaves the run's report
@@ -1615,7 +1607,7 @@ def main() -> None:
             first_of_each = {goal.family: goal for goal in reversed(train_goals)}
             for goal in first_of_each.values():
                 video = run / "videos" / f"best_{goal.prompt.replace(' ', '_')}.mp4"
-                _, film = evaluate(video_envs, play, see, judge, None, 1, key, [goal], args, device)
+                _, film = assess(video_envs, play, 1, key, [goal])
                 write_video(film, video, None, 0)
                 print(f"video: {video}")
 
@@ -1634,19 +1626,17 @@ def main() -> None:
     episode = np.zeros(args.num_envs, np.int64)  # how often each environment was reset
     if args.resume is not None:
         state = load_checkpoint(run, "last.pt", "--resume")
-        q_network.load_state_dict(state["q_network"])
+        adopt(state, run)
         target.load_state_dict(state["target"])
         optimizer.load_state_dict(state["optimizer"])
         optimizer.param_groups[0] |= adam  # what was saved is perhaps of another device
-        projection.copy_(state["projection"])
-        beta.copy_(state["beta"])
         if state["device"] == device:  # else the noise starts anew
             generator.set_state(state["ranks"][RANK]["generator"])
         step, updates, saved_block = state["step"], state["updates"], state["replay_blocks"]
         best_success, episode[:] = state["best_success"], state["ranks"][RANK]["episode"]
         replay.load(replay_folder, saved_block)
     elif args.reward != "env" and args.beta is None:
-        scores, truth = random_play(envs, score, (args.seed, CALIBRATION), args)
+        scores, truth = random_play(envs, judge, (args.seed, CALIBRATION), args)
         least = 0.5 if args.reward == "contrastive" else -math.inf
         beta.copy_(calibrate(scores, truth, args.false_positive_rate).clamp(min=least))
         average(beta)  # all ranks played in the same homes: alike but for rounding
@@ -1672,6 +1662,7 @@ def main() -> None:
             "q_network": q_network.state_dict(),
             "target": target.state_dict(),
             "optimizer": optimizer.state_dict(),
+            "prompts": clip.goal,  # their embeddings tell one CLIP from another
             "projection": projection,
             "beta": beta,
             "device": device,
@@ -1684,17 +1675,16 @@ def main() -> None:
         atomic_save(state, run / name)
 
     def stop_if_nan(stage: str, values: Iterable[torch.Tensor]) -> None:
-        check(
-            all(value.isfinite().all() for value in values),
-            f"step {step}: {stage} is not finite; checkpoints in {run} are from before it. Start "
-            "anew with a lower --learning-rate or --precision fp32",
-            exit_code=1,
-        )
+        if not all(value.isfinite().all() for value in values):
+            raise SystemExit(
+                f"step {step}: {stage} is not finite; checkpoints in {run} are from before it. "
+                "Start anew with a lower --learning-rate or --precision fp32"
+            )
 
     def reset(ended: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Frames, and goals, of the next episode where one ended, seeded by its number."""
-        first = RANK * args.num_envs
-        seeds = [reset_seed(args.seed, TRAINING, first + i, int(n)) for i, n in enumerate(episode)]
+        own = RANK * args.num_envs
+        seeds = [reset_seed(args.seed, TRAINING, own + i, int(n)) for i, n in enumerate(episode)]
         episode[ended] += 1
         with worker_failures(envs, f"step {step}: reset"):
             envs.reset_async(seed=seeds, options={"reset_mask": ended})
@@ -1726,12 +1716,9 @@ def main() -> None:
         update = torch.compile(update)
         update = CUDAGraph(update) if device == "cuda" else update
 
-    def updates_by(step: int) -> int:
-        return math.floor(step * args.updates_per_step)
-
     frame, goal = reset(np.ones(args.num_envs, bool))
     goal = torch.from_numpy(goal).to(device)
-    pursuit = first[goal]  # the goal that is pursued now
+    pursuit = stage_one[goal]  # what is pursued now
     seen, _ = see(frame)  # [N, h, w, C]
     stack = seen.repeat(1, 1, 1, args.frame_stack)
     traces = torch.zeros(args.num_envs, TRACES, device=device)  # of the actions before
@@ -1739,7 +1726,7 @@ def main() -> None:
     # Whose action is random now, and which it is: drawn at the start, then every --explore-steps.
     exploring, wander = torch.zeros_like(starts), torch.zeros_like(starts, dtype=torch.int64)
     age = np.zeros(args.num_envs, np.int64)  # steps of the running episodes
-    carried = nothing.clone()  # in them, of the toys of PLACE
+    carried = nothing.clone()  # in them, whose toy was in the hand
     pending = []  # steps of the running block
     losses, episodes = {}, defaultdict(list)  # of the last update; since the last log
     seconds = dict.fromkeys(("act", "update", "env", "clip", "evaluate", "checkpoint"), 0.0)
@@ -1766,11 +1753,11 @@ def main() -> None:
         # ---- Update on one core, while the workers step and render on the others
         torch.set_num_threads(1)
         ready = step >= args.learning_starts and replay.head > 0
-        due = updates_by(step + stride) - updates_by(step) if ready else 0
+        due = int((step + stride) * args.updates_per_step) - int(step * args.updates_per_step)
         # The last block may end past --total-timesteps.
         remaining = max(1 - step / args.total_timesteps, 0) if args.anneal_lr else 1
         learning_rate.fill_(args.learning_rate * remaining)
-        for _ in range(due):
+        for _ in range(due if ready else 0):
             s_t, a_t, r_t, s_next, n, g = replay.sample(
                 args.batch_size, beta, args.relabel_fraction, args.n_step, generator
             )
@@ -1788,7 +1775,7 @@ def main() -> None:
         step += stride
         before, (seen, s) = seen, see(frame)
         lap("clip")
-        pending.append(Step(before, traces, a, frame, s, info))
+        pending.append((before, traces, a, frame, s, info))
         stack = torch.cat([stack[..., seen.shape[-1] :], seen], -1)
         traces = remember(traces, a)
         starts = torch.zeros_like(starts)
@@ -1797,22 +1784,24 @@ def main() -> None:
             continue
 
         # ---- Score the frames of a block, and store it
-        scores = judge(*zip(*((p.frame, p.embedding, p.info) for p in pending), strict=True))
+        befores, all_traces, actions, frames, embeddings, infos = zip(*pending, strict=True)
+        pending.clear()
+        scores = judge(frames, embeddings, infos)
         stop_if_nan("the CLIP reward", [scores])
         scores, carried = counted(scores, carried)  # [K, N, 240]
-        # Half of the blocks of a first stage are trained for the goal itself: else nothing would
-        # tell what it is worth without the toy in the hand, and to drop the toy would cost nothing.
-        looks_ahead = torch.rand(args.num_envs, **options) < 0.5
+        # What is trained is what was pursued, but for half of the blocks of a first stage, which
+        # are trained for the goal behind it: else nothing would tell what that is worth without the
+        # toy in the hand, and to drop the toy would cost nothing.
+        for_goal = torch.rand(args.num_envs, **options) < 0.5
         replay.add(
-            seen=torch.stack([p.seen for p in pending] + [seen]),
-            action=torch.stack([p.action for p in pending]),
-            traces=torch.stack([p.traces for p in pending]),
+            seen=torch.stack([*befores, seen]),
+            action=torch.stack(actions),
+            traces=torch.stack(all_traces),
             score=scores[..., : len(TRAIN_GOALS)],
-            goal=torch.where(looks_ahead, goal, pursuit),
+            goal=torch.where(for_goal, goal, pursuit),
             age=torch.from_numpy(age).to(device),
         )
-        success = np.stack([p.info["success"] for p in pending])  # [K, N]
-        pending.clear()
+        success = np.stack([info["success"] for info in infos])  # [K, N]
         age += args.score_every
         r = is_reached(scores, goal)  # [K, N]
         pursuit = pursued(goal, scores[-1])
@@ -1833,14 +1822,9 @@ def main() -> None:
             stop_if_nan("a network or loss", (*q_network.parameters(), *losses.values()))
         if evaluates and RANK == 0:  # the others wait in the next average or gather
             key = args.seed, SELECTION
-            summary, _ = evaluate(
-                envs, play, see, judge, success_by, args.eval_episodes, key, train_goals, args,
-                device,
-            )  # fmt: skip
+            summary, _ = assess(envs, play, args.eval_episodes, key, train_goals)
             if video_envs is not None:
-                _, film = evaluate(
-                    video_envs, play, see, judge, None, 1, key, train_goals, args, device
-                )
+                _, film = assess(video_envs, play, 1, key, train_goals)
                 write_video(film, run / "videos" / f"{step}.mp4", writer, step)
             for name, value in summary.items():
                 writer.add_scalar(f"eval/{name}", value, step)
@@ -1876,7 +1860,7 @@ def main() -> None:
             traces[new], carried[new], starts = 0, False, new
             age = np.where(ended, 0, age)
             goal = torch.where(new, torch.from_numpy(new_goal).to(device), goal)
-            pursuit = torch.where(new, first[goal], pursuit)
+            pursuit = torch.where(new, stage_one[goal], pursuit)
             lap("env")
     bar.close()
     if WORLD_SIZE > 1:

@@ -7,7 +7,8 @@ r"""Train a MuJoCo humanoid to take a pose described by one sentence: SAC on a C
     python sac_clip_humanoid.py --clip-model ViT-bigG-14/laion2b_s39b_b160k --frame-size 224 \
         --total-timesteps 10_000_000 --eval-every 250_000 --checkpoint-every 250_000 \
         --learning-starts 50_000 --batch-size 512 --updates-per-step 0.03 --actor-tau 1 \
-        --full-observation --action-repeat 1 --greedy-envs 0 --no-anneal-lr  # the paper's settings
+        --full-observation --action-repeat 1 --greedy-envs 0 --no-anneal-lr \
+        --reward-scale 1 --initial-ent-coef 1                            # the paper's settings
     torchrun --standalone --nproc-per-node=4 sac_clip_humanoid.py        # on several GPUs
 
 CLIP looks at a frame and says how well it fits the goal prompt ("a humanoid robot kneeling"); with
@@ -172,11 +173,11 @@ class Args:
     layer_norm: bool = False  # in the critics, against overestimated values
 
 
-def check(condition: object, message: str, exit_code: int = 2) -> None:
+def check(condition: object, message: str) -> None:
     """Unless the condition holds, stop with one line that names flag, value and remedy."""
     if not condition:
         print(message, file=sys.stderr)
-        raise SystemExit(exit_code)
+        raise SystemExit(2)
 
 
 def check_args(args: Args) -> None:
@@ -330,9 +331,9 @@ def one_leg(p: Pose) -> bool:
 class Task(NamedTuple):
     goal: str
     in_goal_state: Callable[[Pose], bool]
-    baseline: str = "a humanoid robot"
 
 
+BASELINE = "a humanoid robot"
 TASKS = {
     "kneeling": Task("a humanoid robot kneeling", kneeling),
     "lotus": Task("a humanoid robot seated down, meditating in the lotus position", lotus),
@@ -469,7 +470,7 @@ class HumanoidEnv(MujocoHumanoid):
 
     def step(self, action):
         observation, reward, terminated, truncated, _ = super().step(action)
-        # mj_step leaves the geometry a little behind qpos; CLIP and predicate see the present.
+        # mj_step leaves the geometry of RK4's last stage; CLIP and predicate see that of qpos.
         mujoco.mj_kinematics(self.model, self.data)
         info = {} if self.task is None else {"goal_state": self.in_goal_state()}
         return observation, float(reward), terminated, truncated, info
@@ -581,9 +582,11 @@ class FrameObservation(gym.ObservationWrapper):
 def make_envs(args: Args, num_envs: int, size: int) -> gym.vector.AsyncVectorEnv:
     """One humanoid in each worker process; frames come back through shared memory."""
 
+    main_process = os.getpid()
+
     def make_env():
-        parent = multiprocessing.parent_process()
-        if parent is not None:  # in a worker: Ctrl-C is for the parent, its death for both
+        if os.getpid() != main_process:  # a worker: Ctrl-C is for the parent, its death for both
+            parent = multiprocessing.parent_process()
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
@@ -611,7 +614,8 @@ def make_envs(args: Args, num_envs: int, size: int) -> gym.vector.AsyncVectorEnv
 
 @contextmanager
 def worker_failures(envs: gym.vector.AsyncVectorEnv, stage: str):
-    """A worker that dies, hangs or raises ends the run in one line; no process is left behind."""
+    """A worker that dies, hangs or raises ends the run in one line, after the traceback that
+    gymnasium prints of what it raised; no process is left behind."""
     try:
         yield
     except Exception as error:
@@ -622,13 +626,11 @@ def worker_failures(envs: gym.vector.AsyncVectorEnv, stage: str):
             process.kill()  # one that hangs in the driver ignores SIGTERM
         envs.closed = True  # its own close() would wait for them
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        print(
+        raise SystemExit(
             f"{stage}: worker {dead or silent} of {envs.num_envs} {'died' if dead else 'failed'} "
             f"({reason}). MUJOCO_GL is {os.environ.get('MUJOCO_GL')}: try a lower --num-envs, "
-            "MUJOCO_GL=osmesa, or a longer --worker-timeout",
-            file=sys.stderr,
-        )
-        raise SystemExit(1) from None
+            "MUJOCO_GL=osmesa, or a longer --worker-timeout"
+        ) from None
 
 
 class Replay:
@@ -726,12 +728,10 @@ def rank_failures():
         yield
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
-        check(
-            False,
+        raise SystemExit(
             f"rank {RANK} of {WORLD_SIZE}: cannot reach the others ({reason}); --resume continues "
-            "a run from its last checkpoint",
-            exit_code=1,
-        )
+            "a run from its last checkpoint"
+        ) from None
 
 
 @torch.compiler.disable
@@ -879,7 +879,7 @@ def evaluate(envs, policy, score, tasks: list[str], episodes: int, key: tuple, a
     state for at least half of an episode's steps; a free goal has no predicate, so no success rate.
 
     Returns the means over the episodes, of several tasks also each one's success rate; and a film
-    of environment 0: its first episode, or of a single environment an episode of each task.
+    of environment 0: its episodes until each task was begun.
     """
     results, film, each = defaultdict(list), [], np.arange(envs.num_envs)
     for first in range(0, episodes * len(tasks), envs.num_envs):
@@ -897,7 +897,7 @@ def evaluate(envs, policy, score, tasks: list[str], episodes: int, key: tuple, a
                 observation, reward, terminated, truncated, info = envs.step_wait(
                     args.worker_timeout
                 )
-            frames.append(observation["frame"][0])
+            frames.append(observation["frame"][0].copy())
             if score is not None:
                 scores.append(score(observation["frame"][None]))
             played.append(running)
@@ -953,7 +953,7 @@ def load_checkpoint(run: Path, name: str, option: str) -> dict:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         check(False, f"{option} {run}: cannot load its {name} ({reason}); name a run that has one")
     check(
-        flags == asdict(Args()).keys() and all("replay_rows" in own for own in state["ranks"]),
+        flags == asdict(Args()).keys(),
         f"{option} {run}: another version of this script made its {name}; go on with that version",
     )
     return state
@@ -1017,20 +1017,8 @@ def main() -> None:
             probe.exitcode == 0,
             f"MUJOCO_GL={os.environ.get('MUJOCO_GL')}: cannot render here. {GL_REMEDY}",
         )
-    tasks = list(TASKS) if args.task == "all" else [args.task]
-    clip = None
-    if args.reward == "clip":
-        goals = [args.goal] if args.goal else [TASKS[task].goal for task in tasks]
-        try:
-            clip = CLIPReward(
-                args.clip_model, goals, args.baseline or TASKS[tasks[0]].baseline, args.alpha,
-                precision=args.precision, compile=args.compile,
-            )  # fmt: skip
-        except ValueError as error:
-            check(False, str(error))
-
-    # The workers are forked before this process touches CUDA or starts CLIP's thread.
-    envs = make_envs(args, args.num_envs, args.frame_size if clip is not None else 0)
+    # The workers are forked before this process touches CUDA or loads CLIP.
+    envs = make_envs(args, args.num_envs, args.frame_size if args.reward == "clip" else 0)
     films = args.capture_video and RANK == 0 or args.evaluate is not None
     video_envs = make_envs(args, 1, 320) if films else None
     if device == "cuda":
@@ -1038,8 +1026,17 @@ def main() -> None:
     if WORLD_SIZE > 1:
         backend = "nccl" if device == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=2))  # they wait for evaluations
-    if clip is not None:
-        clip.to(device)
+    tasks = list(TASKS) if args.task == "all" else [args.task]
+    clip = None
+    if args.reward == "clip":
+        goals = [args.goal] if args.goal else [TASKS[task].goal for task in tasks]
+        try:
+            clip = CLIPReward(
+                args.clip_model, goals, args.baseline or BASELINE, args.alpha,
+                device=device, precision=args.precision, compile=args.compile,
+            )  # fmt: skip
+        except ValueError as error:
+            check(False, str(error))
     obs_dim = envs.single_observation_space["state"].shape[0]
     act_dim = envs.single_action_space.shape[0]
     goal_input = torch.zeros(1, 0, device=device)  # [G, E], tells the goal; a single one need not
@@ -1060,9 +1057,9 @@ def main() -> None:
     critic = TwinQ(input_dim, act_dim, args.hidden, args.layer_norm).to(device)
     target = copy.deepcopy(critic).requires_grad_(False)
     agent = copy.deepcopy(actor).requires_grad_(False)  # the actor's average: what is evaluated
-    ent_coef = args.ent_coef or args.initial_ent_coef
+    initial = args.ent_coef or args.initial_ent_coef
     learns_ent_coef = args.ent_coef is None
-    log_ent_coef = torch.tensor(math.log(ent_coef), device=device, requires_grad=learns_ent_coef)
+    log_ent_coef = torch.tensor(math.log(initial), device=device, requires_grad=learns_ent_coef)
     target_entropy = -float(act_dim)
     # The learning rate is a tensor, as --compile makes a number a constant.
     learning_rate = torch.tensor(args.learning_rate, device=device)
@@ -1093,14 +1090,14 @@ def main() -> None:
 
     score = clip_score if clip is not None else None
 
-    def with_goal(s: torch.Tensor, goal: torch.Tensor) -> torch.Tensor:
+    def network_input(s: torch.Tensor, goal: torch.Tensor) -> torch.Tensor:
         """What the networks see of states [B, O] on the way to goals [B]: [B, O + E]."""
         return torch.cat([normaliser(s), goal_input[goal]], -1)
 
     @torch.no_grad()
     def policy(state: np.ndarray, goal: np.ndarray) -> np.ndarray:
         """The deterministic action."""
-        s = with_goal(*(torch.from_numpy(x).to(device) for x in (state, goal)))
+        s = network_input(*(torch.from_numpy(x).to(device) for x in (state, goal)))
         return torch.tanh(agent(s)[0]).cpu().numpy()
 
     def final_report(run: Path) -> None:
@@ -1141,7 +1138,7 @@ def main() -> None:
     run = args.resume or Path("runs") / gather(name)[0]
     replay_folder = run / "replay" / str(RANK)
     replay_folder.mkdir(parents=True, exist_ok=args.resume is not None)
-    step, saved_row, best_return = 0, 0, -math.inf
+    step, saved_head, best_return = 0, 0, -math.inf
     episode = np.zeros(args.num_envs, np.int64)  # how often each environment was reset
     if args.resume is not None:
         state = load_checkpoint(run, "last.pt", "--resume")
@@ -1153,9 +1150,9 @@ def main() -> None:
         log_ent_coef.data.copy_(state["log_ent_coef"])
         if state["device"] == device:  # else the noise starts anew
             generator.set_state(own["generator"])
-        step, saved_row, best_return = state["step"], own["replay_rows"], state["best_return"]
+        step, saved_head, best_return = state["step"], own["replay_head"], state["best_return"]
         episode[:] = own["episode"]
-        replay.load(replay_folder, saved_row)
+        replay.load(replay_folder, saved_head)
     if args.track and RANK == 0:
         import wandb
 
@@ -1184,12 +1181,11 @@ def main() -> None:
         atomic_save(state, run / name)
 
     def stop_if_nan(stage: str, values: Iterable[torch.Tensor]) -> None:
-        check(
-            all(value.isfinite().all() for value in values),
-            f"step {step}: {stage} is not finite; checkpoints in {run} are from before it. Start "
-            "anew with a lower --learning-rate or --precision fp32",
-            exit_code=1,
-        )
+        if not all(value.isfinite().all() for value in values):
+            raise SystemExit(
+                f"step {step}: {stage} is not finite; checkpoints in {run} are from before it. "
+                "Start anew with a lower --learning-rate or --precision fp32"
+            )
 
     def reset(ended: np.ndarray) -> dict[str, np.ndarray]:
         """Start the next episode of the environments that ended, seeded by its number."""
@@ -1234,9 +1230,6 @@ def main() -> None:
         update = torch.compile(update)
         update = CUDAGraph(update) if device == "cuda" else update
 
-    def updates_by(step: int) -> int:
-        return math.floor(step * args.updates_per_step)
-
     def lap(stage: str) -> None:
         nonlocal clock
         seconds[stage] += time.time() - clock
@@ -1264,7 +1257,7 @@ def main() -> None:
             if step < args.learning_starts:
                 a = torch.rand((args.num_envs, act_dim), generator=generator, device=device) * 2 - 1
             else:
-                inputs = with_goal(s, torch.from_numpy(goal).to(device))  # [N, O + E]
+                inputs = network_input(s, torch.from_numpy(goal).to(device))  # [N, O + E]
                 noise = torch.randn((args.num_envs, act_dim), generator=generator, device=device)
                 a, _ = actor.sample(inputs, noise)  # [N, A]
                 a[:greedy] = torch.tanh(actor(inputs[:greedy])[0])
@@ -1275,17 +1268,17 @@ def main() -> None:
 
         # ---- Update, while the workers step and render and CLIP scores
         ready = step >= args.learning_starts and replay.head > 0  # the first scores come late
-        due = updates_by(step + stride) - updates_by(step) if ready else 0
+        due = int((step + stride) * args.updates_per_step) - int(step * args.updates_per_step)
         remaining = 1 - step / args.total_timesteps if args.anneal_lr else 1
         learning_rate.fill_(args.learning_rate * remaining)
-        for _ in range(due):
+        for _ in range(due if ready else 0):
             s_t, a_t, r_t, s_next, terminated_t, g = replay.sample(args.batch_size, generator)
             if len(tasks) > 1:  # hindsight: every frame was scored for every goal
                 options = {"generator": generator, "device": device}
                 relabel = torch.rand(len(g), **options) < args.relabel_fraction
                 g = torch.where(relabel, torch.randint(len(tasks), g.shape, **options), g)  # [B]
             r_t = r_t.gather(1, g[:, None])[:, 0]  # [B, G] -> [B]
-            s_t, s_next = with_goal(s_t, g), with_goal(s_next, g)
+            s_t, s_next = network_input(s_t, g), network_input(s_next, g)
             noise = torch.randn((2, *a_t.shape), generator=generator, device=device)
             losses = update(s_t, a_t, r_t, s_next, terminated_t, noise)
         lap("update")
@@ -1360,10 +1353,10 @@ def main() -> None:
                     writer.add_scalar(name, value, step)
             episodes.clear()
         if saves:
-            replay.save(replay_folder, saved_row)
-            saved_row = replay.head
+            replay.save(replay_folder, saved_head)
+            saved_head = replay.head
             own = {"generator": generator.get_state(), "episode": episode.tolist()}
-            ranks = gather(own | {"replay_rows": saved_row})
+            ranks = gather(own | {"replay_head": saved_head})
             if RANK == 0:  # now all have their replay on disk
                 save_checkpoint("last.pt", ranks)
                 writer.flush()

@@ -310,7 +310,7 @@ def clip_stage(args: Args) -> dict:
     )  # fmt: skip
     torch.set_num_threads(1)
     task = sac_clip_humanoid.TASKS["kneeling"]
-    prompts, baseline = [task.goal], task.baseline
+    prompts, baseline = [task.goal], sac_clip_humanoid.BASELINE
     if args.script == "dqn":
         prompts, baseline = [goal.prompt for goal in script.GOALS], settings.baseline
     precision = "bf16" if bf16 else "fp32"

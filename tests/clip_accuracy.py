@@ -28,7 +28,7 @@ from typing import Literal
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
-from sac_clip_humanoid import TASKS, HumanoidEnv, Pose  # first: it tells MuJoCo how to render
+from sac_clip_humanoid import BASELINE, TASKS, HumanoidEnv, Pose  # first: it sets up MuJoCo
 
 import mujoco
 import numpy as np
@@ -443,11 +443,10 @@ def table(result: dict) -> str:
 
 
 def main(args: Args) -> None:
-    baseline = TASKS["kneeling"].baseline
     reward = CLIPReward(
         args.clip_model,
         [task.goal for task in TASKS.values()],
-        baseline,
+        BASELINE,
         device=args.device,
         precision=args.precision,
     )

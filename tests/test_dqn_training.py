@@ -15,7 +15,7 @@ from dqn_clip_playhouse import (  # first: it puts torch before the first GL con
     FAMILIES,
     GOALS,
     HELDOUT_GOALS,
-    PLACE,
+    STAGE_ONE,
     TRAIN_GOALS,
     TRACES,
     Args,
@@ -23,12 +23,12 @@ from dqn_clip_playhouse import (  # first: it puts torch before the first GL con
     PlayhouseEnv,
     QNetwork,
     Replay,
+    after_stage_one,
     calibrate,
     check_args,
     evaluate,
     family_scores,
     main,
-    placed_after_lift,
     random_play,
     remember,
     shrink,
@@ -59,10 +59,10 @@ def test_scores_equal_a_slow_softmax_over_the_familys_training_goals():
 def test_placing_counts_once_the_toy_was_in_the_hand_and_no_longer_is():
     rng = torch.Generator().manual_seed(0)
     scores, beta = torch.rand(12, 5, ALL, generator=rng), torch.full((ALL,), 0.8)
-    carried = torch.zeros(5, len(PLACE), dtype=torch.bool)
+    carried, stage_one = torch.zeros(5, ALL, dtype=torch.bool), torch.tensor(STAGE_ONE)
     parts = []
     for block in scores.split(4):  # as in training: what was carried goes on to the next block
-        part, carried = placed_after_lift(block, beta, carried)
+        part, carried = after_stage_one(block, beta, carried, stage_one)
         parts.append(part)
     counted = torch.cat(parts)
     for i, goal in enumerate(GOALS):
@@ -73,6 +73,8 @@ def test_placing_counts_once_the_toy_was_in_the_hand_and_no_longer_is():
                 counts = goal.family != "place" or bool(held[:t].any() and not held[t])
                 assert counted[t, n, i] == (scores[t, n, i] if counts else -math.inf)
     assert carried.any() and not carried.all()
+    same, _ = after_stage_one(scores, beta, carried, torch.arange(ALL))  # one stage each
+    assert torch.equal(same, scores)
 
 
 def test_beta_lets_the_stated_share_of_negatives_pass():
@@ -118,9 +120,9 @@ class Recorder:
         return np.full((2, 4, 4, 3), self.t, np.uint8)
 
 
-def frame_numbers(frames: np.ndarray) -> torch.Tensor:
-    """[N, 240] of what the recorder's frames show."""
-    return torch.from_numpy(frames[:, 0, 0, :1]).float().expand(-1, ALL)
+def frame_numbers(frames, embeddings, infos) -> torch.Tensor:
+    """[T, N, 240] of what the recorder's frames show."""
+    return torch.from_numpy(np.stack(frames)[:, :, 0, 0, :1]).float().expand(-1, -1, ALL)
 
 
 def test_random_play_does_all_but_grab():
@@ -132,16 +134,13 @@ def test_random_play_does_all_but_grab():
     assert actions == set(ACTIONS) - {"grab"}
 
 
-def test_an_evaluation_acts_on_what_was_judged_of_the_frame_before():
+def test_an_evaluation_acts_on_what_was_judged_of_the_block_before():
     asked = []
 
     def play(stack, traces, goal, scores, generator):
         assert goal.tolist() == [0, TRAIN - 1]
         asked.append((stack[0, 0, 0, 0].item(), None if scores is None else scores[0, 0].item()))
         return torch.tensor([3, 8])
-
-    def judge(frames, embeddings, infos):
-        return torch.stack([frame_numbers(frame) for frame in frames])
 
     def by_clip(scores, goal):
         assert scores[:, 1, 7].tolist() == list(range(1, 101))
@@ -151,8 +150,10 @@ def test_an_evaluation_acts_on_what_was_judged_of_the_frame_before():
         return torch.from_numpy(frames), None
 
     goals, args = TRAIN_GOALS, Args()
-    means, film = evaluate(Recorder(), play, see, judge, by_clip, 2, (1,), goals, args, "cpu")
-    assert asked == [(0, None)] + [(t, t) for t in range(1, 100)]
+    means, film = evaluate(
+        Recorder(), play, 2, (1,), goals, see, frame_numbers, by_clip, args, "cpu"
+    )
+    assert asked == [(t, t // 4 * 4 or None) for t in range(100)]
     first, second = TRAIN_GOALS[0].family, TRAIN_GOALS[-1].family
     assert means["success_rate"] == 0.5 and means["clip_success"] == 1
     assert means[f"success_rate_{first}"] == 1 and means[f"success_rate_{second}"] == 0
@@ -495,7 +496,7 @@ def test_compiled_updates_are_the_same(tmp_path, random_clip, monkeypatch):
     monkeypatch.setattr(torch, "compile", count)
     monkeypatch.chdir(tmp_path)
     flags = [*SMALL, "--clip-model", str(random_clip), "--no-capture-video"]
-    flags += ["--temperature", "1", "--policy-temperature", "1", "--updates-per-step", "0.1"]
+    flags += ["--temperature", "1", "--policy-temperature", "1", "--updates-per-step", "0.05"]
     monkeypatch.setattr(sys, "argv", [SCRIPT, *flags, "--compile"])
     main()
     assert compiled[-1] == "update"
@@ -509,7 +510,7 @@ def test_compiled_updates_are_the_same(tmp_path, random_clip, monkeypatch):
     torch.manual_seed(1)
     start = QNetwork(torch.zeros(4, 2, 2, 64).half(), 64).hidden.weight
     change = (expected["q_network.hidden.weight"] - start).abs()
-    assert change.max() > 0.01 and change.median() < 0.02  # far more; and it did start there
+    assert change.max() > 0.005 and change.median() < 0.01  # far more; and it did start there
 
 
 def test_nan_stops_the_run_in_one_line(tmp_path, random_clip):
@@ -531,6 +532,9 @@ def test_an_agent_can_be_replayed(finished):
     result = train(SCRIPT, run.parents[1], "--evaluate", run, "--final-episodes", "2")
     assert result.returncode == 0, result.stderr
     assert (run / "report.json").read_text() == before
+    other = Path(__file__).parent / "tiny_clip"
+    result = train(SCRIPT, run.parents[1], "--evaluate", run, "--clip-model", other)
+    assert result.returncode == 2 and "--clip-model" in result.stderr.splitlines()[-1]
 
 
 def test_goals_are_told_apart_and_learned(tmp_path, monkeypatch, random_clip):

@@ -107,7 +107,7 @@ def test_each_rank_finds_its_own_replay_again(tmp_path):
     assert process.returncode == 0, errors
     run = only_run(tmp_path)
     ranks = torch.load(run / "last.pt", weights_only=True)["ranks"]
-    assert ranks[0]["replay_rows"] != ranks[1]["replay_rows"]
+    assert ranks[0]["replay_head"] != ranks[1]["replay_head"]
     more = ["--resume", run, "--total-timesteps", "1600"]
     process = torchrun(tmp_path, "sac_clip_humanoid", *more)
     _, errors = process.communicate(timeout=600)

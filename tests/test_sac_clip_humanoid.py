@@ -712,12 +712,11 @@ class Broken(gym.Env):
         raise RuntimeError("no renderer")
 
 
-def test_a_worker_that_raises_is_named(capfd):
+def test_a_worker_that_raises_is_named():
     envs = gym.vector.AsyncVectorEnv([Broken] * 2, context="fork")
     with pytest.raises(SystemExit) as exit_, worker_failures(envs, "step 0: reset"):
         envs.reset()
-    assert exit_.value.code == 1
-    assert "step 0: reset: worker [0, 1] of 2" in capfd.readouterr().err
+    assert "step 0: reset: worker [0, 1] of 2" in exit_.value.code  # printed, and exits with 1
     for process in envs.processes:
         process.join(10)
         assert not process.is_alive()

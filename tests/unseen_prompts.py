@@ -92,7 +92,7 @@ def main(args: Args) -> dict:
     tasks = unseen_tasks()
     prompts = [task.goal for task in tasks.values()]
     model = args.clip_model or settings.clip_model
-    baseline = settings.baseline or sac.TASKS["kneeling"].baseline
+    baseline = settings.baseline or sac.BASELINE
     try:
         clip = CLIPReward(model, prompts, baseline)
     except ValueError as error:
