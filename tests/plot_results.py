@@ -235,9 +235,11 @@ def main(args: Args) -> None:
     # Steps of 0.015 s, at half speed; and of 0.1 s, a little faster than they are.
     for name, every in (*((task, 4) for task in PAPER), ("playhouse", 2)):
         videos = sorted(args.runs.glob(f"{name}/*/runs/*/videos/best*.mp4"))
+        if name == "playhouse":  # of one agent, which has one for each family
+            videos = [video for video in videos if video.parent == videos[0].parent]
         if videos:
             path = args.results / f"{name}.gif"
-            animation([v for v in videos if v.parent == videos[0].parent], path, every)
+            animation(videos, path, every)
             print(path)
 
 
