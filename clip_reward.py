@@ -197,7 +197,7 @@ class CLIPReward(torch.nn.Module):
     def encode_text(self, prompts: str | Sequence[str]) -> torch.Tensor:
         """P prompts (or a single one) -> unit-norm float32 [P, D].
 
-        Warns once of a word that is missing from the `vocabulary.txt` of a model folder with one.
+        Warns of a prompt with a word that is missing from a model folder's `vocabulary.txt`.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         for prompt in prompts if self.vocabulary else []:

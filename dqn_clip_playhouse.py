@@ -939,7 +939,6 @@ def draw_one_frame() -> None:
 
 def make_envs(args: Args, num_envs: int, size: int) -> gym.vector.AsyncVectorEnv:
     """One home in each worker process; frames come back through shared memory."""
-
     main_process = os.getpid()
 
     def make_env():

@@ -581,7 +581,6 @@ class FrameObservation(gym.ObservationWrapper):
 
 def make_envs(args: Args, num_envs: int, size: int) -> gym.vector.AsyncVectorEnv:
     """One humanoid in each worker process; frames come back through shared memory."""
-
     main_process = os.getpid()
 
     def make_env():
