@@ -134,6 +134,9 @@ class Args:
     """place in two stages: the goal is to lift the toy until CLIP sees it in the hand, then to
     place it, which counts once it is in the hand no longer; --no-place-after-lift (the paper) has
     one stage, and pays hindsight for the toys that lay there from the start"""
+    in_hand: float = 0.5
+    """share of the training episodes with a place goal that begin on the way to the place, with the
+    toy in the hand; 0 is the paper"""
     clip_model: str = str(HERE / "tests" / "tiny_clip")
     """folder, ARCH/TAG or ARCH/FILE of open_clip, or hf-hub:ID"""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -194,7 +197,7 @@ def check_args(args: Args) -> None:
                  "epsilon_steps", "n_step", "calibration_episodes", "frame_stack", "policy_size",
                  "worker_timeout"):  # fmt: skip
         require(name, 0 < getattr(args, name) < math.inf, "must be finite and greater than 0")
-    for name in ("alpha", "false_positive_rate", "epsilon_end", "relabel_fraction"):
+    for name in ("alpha", "false_positive_rate", "epsilon_end", "relabel_fraction", "in_hand"):
         require(name, 0 <= getattr(args, name) <= 1, "must lie between 0 and 1")
     require("seed", 0 <= args.seed < 2**63, "must be at least 0 and less than 2**63")
     require("gamma", 0 <= args.gamma < 1, "must be at least 0 and less than 1")
@@ -416,7 +419,7 @@ class PlayhouseEnv(gym.Env):
     | --- | --------------------------- | --- | ---------------------------------------------- |
     | 0   | walk 0.2 m forward          | 5   | look 25 degrees lower (down to -50)            |
     | 1   | walk 0.2 m back             | 6   | grab the nearest toy in reach that is central  |
-    | 2   | turn 25 degrees to the left | 7   | release it, where there is room                |
+    | 2   | turn 25 degrees to the left | 7   | release it, where there is room, and step back |
     | 3   | turn 25 degrees to the right| 8   | stay                                           |
     | 4   | look 25 degrees higher      |     |                                                |
 
@@ -444,10 +447,13 @@ class PlayhouseEnv(gym.Env):
     | `width`, `height` | 144           | size of the frame in pixels                          |
 
     `reset(options={"goal": goal})` sets the goal, `options={"goals": goals}` what it is drawn from
-    this once. `info["goal"]` is its index in `GOALS`, and
-    `info["success"]` says whether the simulator's state is one of the goal: a toy is *found* when
-    it is within 1.2 m, in the middle of the view and not hidden, *lifted* when it is in the hand,
-    and *placed* when it is not in the hand and rests on the bed or the table, or in the toy box.
+    this once. With `options={"in_hand": p}` an episode with a place goal begins, with probability
+    `p`, somewhere on the way to the place, with the toy in the hand.
+
+    `info["goal"]` is the goal's index in `GOALS`, and `info["success"]` says whether the
+    simulator's state is one of the goal: a toy is *found* when it is within 1.2 m, in the middle of
+    the view and not hidden, *lifted* when it is in the hand, and *placed* when it is not in the
+    hand and rests on the bed or the table, or in the toy box.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 10}
@@ -650,8 +656,13 @@ class PlayhouseEnv(gym.Env):
                 self._settle()
                 route(self, self.toy_position(0)[None, :2], *GRAB_FROM)
                 if self.goal.place is not None:
-                    route(self, self.points_on(self.goal.place), *RELEASE_FROM)
+                    way = route(self, self.points_on(self.goal.place), *RELEASE_FROM)
                 break
+        if self.goal.place is not None and rng.random() < options.get("in_hand", 0):
+            self.data.qpos[self._agent_qpos[:2]] = way[rng.integers(len(way) - 1)]
+            self._hold(0)
+            self._carry()
+            mujoco.mj_forward(self.model, self.data)
         self.close()
         return self._frame(), self._info()
 
@@ -670,10 +681,10 @@ class PlayhouseEnv(gym.Env):
         name, data = ACTIONS[action], self.data
         if name == "grab" and self.held is None:
             self._grab()
-        elif name == "release" and self.held is not None:
-            self._release()
+        let_go = name == "release" and self.held is not None and self._release()
         self._tilt = min(max(self._tilt + {"up": 1, "down": -1}.get(name, 0), 0), len(TILTS) - 1)
-        stride = {"forward": STRIDE, "back": -STRIDE}.get(name, 0.0)
+        # It steps back from what it let go: close by, a toy on the table looks held.
+        stride = STRIDE * ((name == "forward") - (name == "back" or let_go))
         turn = {"left": TURN, "right": -TURN}.get(name, 0.0)
         x, y, yaw = data.qpos[self._agent_qpos]
         velocity = stride * math.cos(yaw), stride * math.sin(yaw), turn
@@ -693,9 +704,12 @@ class PlayhouseEnv(gym.Env):
         for toy in sorted(range(len(self.toys)), key=self._view):  # the nearest first
             distance, angle = self._view(toy)
             if distance < REACH and angle < math.radians(22) and self._in_sight(toy):
-                self.held = toy
-                self._solid(toy, False)
+                self._hold(toy)
                 return
+
+    def _hold(self, toy: int) -> None:
+        self.held = toy
+        self._solid(toy, False)
 
     def _in_sight(self, toy: int) -> bool:
         """No wall or furniture stands between the eye and the toy."""
@@ -705,15 +719,16 @@ class PlayhouseEnv(gym.Env):
         free = mujoco.mj_ray(self.model, self.data, eye, to_toy, home, True, -1, hit)
         return free < 0 or free > 1  # in units of the ray
 
-    def _release(self) -> None:
+    def _release(self) -> bool:
         self._solid(self.held, True)
         mujoco.mj_collision(self.model, self.data)
         contact = self.data.contact
         own = (self.model.geom_bodyid[contact.geom] == self._toy_bodies[self.held].id).any(1)
         if (contact.dist[own] < -0.02).any():
             self._solid(self.held, False)  # no room for it: it stays in the hand
-        else:
-            self.held = None
+            return False
+        self.held = None
+        return True
 
     def _carry(self) -> None:
         """The held toy goes where the hand is: ahead of the body, on this side of a wall."""
@@ -1686,7 +1701,7 @@ def main() -> None:
         seeds = [reset_seed(args.seed, TRAINING, own + i, int(n)) for i, n in enumerate(episode)]
         episode[ended] += 1
         with worker_failures(envs, f"step {step}: reset"):
-            envs.reset_async(seed=seeds, options={"reset_mask": ended})
+            envs.reset_async(seed=seeds, options={"reset_mask": ended, "in_hand": args.in_hand})
             frame, info = envs.reset_wait(timeout=args.worker_timeout)
         return frame, info["goal"]
 

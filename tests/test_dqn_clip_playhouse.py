@@ -164,6 +164,45 @@ def test_a_toy_is_lifted_by_the_hand_alone_and_falls_when_released(env):
     assert env.toy_position(0)[2] < height - 0.1
 
 
+def test_who_lets_go_steps_back(env):
+    assert play(env, Goal("lift", "red", "ball"), seed=3)[-1]
+    x, y, yaw = env.data.qpos[env._agent_qpos]
+    env.step(act("release"))
+    assert env.held is None
+    back = [x - 0.2 * np.cos(yaw), y - 0.2 * np.sin(yaw)]
+    assert env.position == pytest.approx(back, abs=0.01)
+    env.step(act("release"))  # there is nothing left to let go
+    assert env.position == pytest.approx(back, abs=0.01)
+
+
+def test_an_episode_can_begin_on_the_way_with_the_toy_in_the_hand(env):
+    place, lift = Goal("place", "blue", "block", "table"), Goal("lift", "blue", "block")
+
+    def far() -> float:
+        return np.linalg.norm(env.points_on("table") - env.position, axis=1).min()
+
+    usual, begun = [], []
+    for seed in range(12):
+        env.reset(seed=seed, options={"goal": place})
+        usual.append(far())
+        assert env.held is None
+        toys = np.array([env.toy_position(i) for i in range(1, 4)])
+        _, info = env.reset(seed=seed, options={"goal": place, "in_hand": 1})
+        begun.append(far())
+        assert env.in_goal_state(lift) and not info["success"] and env._gap() > 0
+        # In the same home: the others lie where they lay.
+        assert np.array([env.toy_position(i) for i in range(1, 4)]) == pytest.approx(toys)
+    nearer = np.array(usual) - begun
+    assert (nearer > -0.1).all() and (nearer > 0.5).sum() > 2
+    env.reset(seed=3, options={"goal": lift, "in_hand": 1})
+    assert env.held is None  # no goal with a place
+    held = 0
+    for seed in range(40):
+        env.reset(seed=seed, options={"goal": place, "in_hand": 0.5})
+        held += env.held == 0
+    assert 8 < held < 32
+
+
 def test_nothing_in_reach_is_nothing_in_the_hand(env):
     env.reset(seed=2, options={"goal": Goal("lift", "red", "ball")})
     for i in range(len(env.toys)):

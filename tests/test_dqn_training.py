@@ -593,6 +593,7 @@ def test_goals_are_told_apart_and_learned(tmp_path, monkeypatch, random_clip):
         (["--frame-size", "224", "--policy-input", "pixels"], ["--policy-size 48", "224"]),
         (["--frame-stack", "9"], ["--frame-stack 9", "--score-every"]),
         (["--relabel-fraction", "-0.5"], ["--relabel-fraction -0.5"]),
+        (["--in-hand", "2"], ["--in-hand 2"]),
         (["--buffer-size", "500"], ["--buffer-size 500", "3200"]),
         (["--beta", "nan"], ["--beta nan", "finite"]),
         (["--calibrate-with-labels", "--beta", "0.5"], ["--calibrate-with-labels", "--beta"]),
