@@ -1133,7 +1133,7 @@ def main() -> None:
         return
 
     replay = Replay(args.buffer_size, args.num_envs, obs_dim, act_dim, len(tasks), device)
-    name = f"HumanoidCLIP-v0__{args.exp_name}__{args.seed}__{int(time.time())}"
+    name = f"HumanoidCLIP-v0__{args.exp_name}__{args.seed}__{int(1000 * time.time())}"
     run = args.resume or Path("runs") / gather(name)[0]
     replay_folder = run / "replay" / str(RANK)
     replay_folder.mkdir(parents=True, exist_ok=args.resume is not None)

@@ -564,8 +564,8 @@ def test_an_easy_reward_is_learned(tmp_path, monkeypatch):
         "--batch-size": 128, "--updates-per-step": 0.5, "--eval-every": 6400,
         "--eval-episodes": 8, "--final-episodes": 8, "--device": "cpu",
         "--ent-coef": 0.02,  # a learned one would first have to find its level
-        "--greedy-envs": 0,  # 6400 actions are few to explore with
-        "--actor-tau": 0.01,  # and so are 6000 updates for the average
+        "--greedy-envs": 0, "--action-repeat": 1,  # 12,000 actions are few to explore with
+        "--actor-tau": 0.01,  # and 6,000 updates for the average
     }  # fmt: skip
     arguments = [str(word) for flag in flags.items() for word in flag]
     monkeypatch.chdir(tmp_path)
@@ -582,7 +582,7 @@ def test_an_easy_reward_is_learned(tmp_path, monkeypatch):
     assert origins == {None}  # target networks whose graph grows would fill the memory
     report = json.loads((only_run(tmp_path) / "report.json").read_text())
     others = max(report["random"]["clip_return"], report["zero"]["clip_return"])
-    # Seed 1 by 20; seeds 2, 3, 4 by 9, -3 and 8, so this is near the least that learns at all.
+    # Seeds 1, 2 and 3 by 8, 5 and 7.
     assert report["last"]["clip_return"] > others + 3
 
 
