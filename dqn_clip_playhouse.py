@@ -413,7 +413,7 @@ class PlayhouseEnv(gym.Env):
     of the toys has the goal's kind and another colour, and one its colour and another kind.
 
     ## Action Space
-    `Discrete(9)`, a tenth of a second each.
+    `Discrete(9)`, a tenth of a second each, but half a second to let a toy go.
 
     | Num | Action                      | Num | Action                                         |
     | --- | --------------------------- | --- | ---------------------------------------------- |
@@ -691,6 +691,8 @@ class PlayhouseEnv(gym.Env):
         data.qvel[self._agent_qvel] = np.array(velocity) / 0.1
         mujoco.mj_step(self.model, data, nstep=10)  # a tenth of a second: only contact stops it
         data.qvel[self._agent_qvel] = 0
+        if let_go:
+            mujoco.mj_step(self.model, data, nstep=40)  # till it lies: in the air it looks placed
         data.qpos[self._agent_qpos[2]] = yaw + turn  # no contact turns it
         if self._gap() < RADIUS - 0.04:  # contact is soft, and thin boards are no obstacle to it
             data.qpos[self._agent_qpos[:2]] = x, y
