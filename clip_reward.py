@@ -300,25 +300,20 @@ class CLIPReward(torch.nn.Module):
     @torch.no_grad()
     def forward(self, frames: np.ndarray | torch.Tensor) -> torch.Tensor:
         """uint8 [B, H, W, 3] -> goal-baseline rewards [B, G]."""
-        return goal_baseline_reward(
-            self.encode_frames(frames), self.goal, self.baseline, self.alpha
-        )
+        s = self.encode_frames(frames)  # [B, D]
+        return goal_baseline_reward(s, self.goal, self.baseline, self.alpha)
 
 
 @dataclass
 class Args:
     """Print the reward of each image for several alphas, and write a contact sheet, best first."""
 
-    images: tyro.conf.Positional[tuple[Path, ...]]
-    """image files, best a mix of goal reached and goal missed"""
-    goal: str
-    """prompt for what the agent should do"""
-    baseline: str
-    """prompt for what every image shows, such as "a humanoid robot" """
+    images: tyro.conf.Positional[tuple[Path, ...]]  # best a mix of goal reached and goal missed
+    goal: str  # prompt for what the agent should do
+    baseline: str  # prompt for what every image shows, such as "a humanoid robot"
     clip_model: str = str(Path(__file__).parent / "tests" / "tiny_clip")
     """a model folder, ARCH/TAG, ARCH/FILE or hf-hub:ID"""
-    output: Path = Path("contact_sheet.png")
-    """file for the contact sheet"""
+    output: Path = Path("contact_sheet.png")  # file for the contact sheet
 
 
 def check(condition: object, message: str) -> None:

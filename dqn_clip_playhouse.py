@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 os.environ.setdefault("LP_NUM_THREADS", "0")  # Mesa: each worker renders on its own core
-os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # else it starts CUDA
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # is_available() starts no CUDA
 if sys.platform == "linux":
     os.environ.setdefault("MUJOCO_GL", "egl")
 
@@ -51,6 +51,14 @@ from tqdm import tqdm
 # before mujoco: it imports torch, which must be loaded before GL
 from clip_reward import CLIPReward, contrastive_reward, goal_baseline_reward
 
+
+def check(condition: object, message: str) -> None:
+    """Unless the condition holds, stop with one line that names flag, value and remedy."""
+    if not condition:
+        print(message, file=sys.stderr)
+        raise SystemExit(2)
+
+
 GL_REMEDY = (
     "On Debian or Ubuntu: apt-get install libegl1 libgl1, or apt-get install libosmesa6 and set "
     "MUJOCO_GL=osmesa"
@@ -58,12 +66,8 @@ GL_REMEDY = (
 try:
     import mujoco
 except Exception as error:  # mujoco raises whatever its GL loader raised
-    print(
-        f"MUJOCO_GL={os.environ.get('MUJOCO_GL', '')}: mujoco cannot load this renderer ({error}). "
-        f"{GL_REMEDY}",
-        file=sys.stderr,
-    )
-    raise SystemExit(2) from None
+    gl = os.environ.get("MUJOCO_GL", "")
+    check(False, f"MUJOCO_GL={gl}: mujoco cannot load this renderer ({error}). {GL_REMEDY}")
 
 HERE = Path(__file__).resolve().parent
 # fork spares each worker the import of torch, but is safe on Linux only
@@ -180,13 +184,6 @@ class Args:
     policy_size: int = 48  # width and height in pixels of the frames, where it sees pixels
 
 
-def check(condition: object, message: str) -> None:
-    """Unless the condition holds, stop with one line that names flag, value and remedy."""
-    if not condition:
-        print(message, file=sys.stderr)
-        raise SystemExit(2)
-
-
 def check_args(args: Args) -> None:
     def require(name: str, condition: object, remedy: str) -> None:
         check(condition, f"--{name.replace('_', '-')} {getattr(args, name)}: {remedy}")
@@ -218,8 +215,6 @@ def check_args(args: Args) -> None:
     require("policy_size", divides, remedy)
     remedy = f"must be at most --score-every {args.score_every}"
     require("frame_stack", args.frame_stack <= args.score_every, remedy)
-    remedy = f"larger than --buffer-size {args.buffer_size}; lower it"
-    require("batch_size", args.batch_size <= args.buffer_size, remedy)
     least = 0 if args.evaluate else MAX_STEPS * args.num_envs
     remedy = f"holds fewer than two episodes of each environment; raise it to {2 * least}"
     require("buffer_size", args.buffer_size >= 2 * least, remedy)
@@ -228,13 +223,23 @@ def check_args(args: Args) -> None:
         remedy = f"cuts every episode of {MAX_STEPS} steps short; raise it to {least}"
         require(name, getattr(args, name) >= least, remedy)
     wandb = importlib.util.find_spec("wandb")
-    require("track", not args.track or wandb, "wandb is missing; pip install wandb")
+    require("track", wandb or args.evaluate or not args.track, "no wandb here; pip install wandb")
     alone = WORLD_SIZE == 1 or not (args.evaluate or args.tour)
     check(alone, "--evaluate, --tour: start them without torchrun")
-    cuda = args.device != "cuda" or torch.cuda.is_available()
-    require("device", cuda, "no such device; take cpu, or install a CUDA build of torch")
     require("output", not args.tour or args.output.suffix == ".mp4", "must end in .mp4")
     require("output", not args.tour or args.output.parent.is_dir(), "make its folder first")
+
+
+COLOURS = {
+    "red": (0.80, 0.08, 0.08),
+    "yellow": (0.95, 0.80, 0.08),
+    "green": (0.08, 0.55, 0.15),
+    "blue": (0.08, 0.22, 0.80),
+    "purple": (0.52, 0.12, 0.62),
+    "black": (0.07, 0.07, 0.08),
+}
+KINDS = ("ball", "block", "duck", "mug", "car", "bear", "plane", "mushroom")
+PLACES = {"bed": "on the bed", "table": "on the table", "toy box": "in the toy box"}
 
 
 class Goal(NamedTuple):
@@ -251,16 +256,6 @@ class Goal(NamedTuple):
         return f"a {self.colour} {self.kind}{where[self.family]}"
 
 
-COLOURS = {
-    "red": (0.80, 0.08, 0.08),
-    "yellow": (0.95, 0.80, 0.08),
-    "green": (0.08, 0.55, 0.15),
-    "blue": (0.08, 0.22, 0.80),
-    "purple": (0.52, 0.12, 0.62),
-    "black": (0.07, 0.07, 0.08),
-}
-KINDS = ("ball", "block", "duck", "mug", "car", "bear", "plane", "mushroom")
-PLACES = {"bed": "on the bed", "table": "on the table", "toy box": "in the toy box"}
 TOY_NAMES = [(colour, kind) for colour in COLOURS for kind in KINDS]
 # One toy in five is never named in training, by any family; every colour and kind is.
 HELDOUT_TOYS = [toy for i, toy in enumerate(TOY_NAMES) if sum(divmod(i, len(KINDS))) % 5 == 0]
@@ -383,7 +378,8 @@ FURNITURE = {
 SURFACES = {"bed": (0.33, 0.3, -0.34), "table": (0.425, 0.3, 0.0), "sofa": (0.28, 0.27, -0.12)}
 
 
-EYE, HAND, RADIUS = 0.75, (0.5, 0.55), 0.2  # m: height of the eye; hand: ahead, height; body
+EYE, RADIUS = 0.75, 0.2  # m: height of the eye; radius of the body
+HAND = 0.5, 0.55  # m: ahead of the middle of the body, and over the floor
 STRIDE, TURN = 0.2, math.radians(25)  # of one step
 APART = 1.5  # m, at least, from the start to the goal's toy, or a random walk finds it
 TILTS = tuple(math.radians(degrees) for degrees in (-50, -25, 0))  # of the view
@@ -478,7 +474,7 @@ class PlayhouseEnv(gym.Env):
         rng = self.np_random
         spec = mujoco.MjSpec()
         spec.option.timestep = 0.01
-        quality, look = spec.visual.quality, spec.visual
+        look, quality = spec.visual, spec.visual.quality
         quality.numslices, quality.numstacks, quality.offsamples = 10, 6, 0
         quality.shadowsize = 0  # with shadows a renderer takes 0.1 s to make, and 64 MB
         look.global_.offwidth, look.global_.offheight = self.width, self.height
@@ -582,7 +578,7 @@ class PlayhouseEnv(gym.Env):
     def _toy(self, spec: mujoco.MjSpec, name: str, colour: str, kind: str) -> None:
         rng = self.np_random
         surfaces = [s for s in SURFACES if s not in self._used]
-        if (colour, kind) == self.toys[0] and self.goal.place in surfaces:
+        if name == "toy0" and self.goal.place in surfaces:
             surfaces.remove(self.goal.place)  # nothing is placed from the start
         if rng.random() < 0.35 and surfaces:
             surface = str(rng.choice(surfaces))
@@ -596,8 +592,8 @@ class PlayhouseEnv(gym.Env):
             height = 0.0
             x, y = self._free_floor(0.25)
         rest, parts = TOYS[kind]
-        quat = about_z(rng.uniform(-math.pi, math.pi))
-        body = spec.worldbody.add_body(name=name, pos=(x, y, height + rest + 0.01), quat=quat)
+        turn = about_z(rng.uniform(-math.pi, math.pi))
+        body = spec.worldbody.add_body(name=name, pos=(x, y, height + rest + 0.01), quat=turn)
         body.add_freejoint()
         for type_, size, pos, rgb, quat in parts:
             rgba = (*(rgb or COLOURS[colour]), 1)
@@ -703,9 +699,11 @@ class PlayhouseEnv(gym.Env):
         return self._frame(), float(info["success"]), False, False, info
 
     def _grab(self) -> None:
+        eye = self.data.camera(f"eye{self._tilt}").xpos
         for toy in sorted(range(len(self.toys)), key=self._view):  # the nearest first
             distance, angle = self._view(toy)
-            if distance < REACH and angle < math.radians(22) and self._in_sight(toy):
+            central = distance < REACH and angle < math.radians(22)
+            if central and self._free_way(eye, self.toy_position(toy) - eye) > 1:
                 self._hold(toy)
                 return
 
@@ -713,13 +711,11 @@ class PlayhouseEnv(gym.Env):
         self.held = toy
         self._solid(toy, False)
 
-    def _in_sight(self, toy: int) -> bool:
-        """No wall or furniture stands between the eye and the toy."""
-        eye = self.data.camera(f"eye{self._tilt}").xpos
-        hit, home = np.zeros(1, np.int32), np.array([1, 0, 0, 0, 0, 0], np.uint8)
-        to_toy = self.toy_position(toy) - eye
-        free = mujoco.mj_ray(self.model, self.data, eye, to_toy, home, True, -1, hit)
-        return free < 0 or free > 1  # in units of the ray
+    def _free_way(self, start: np.ndarray, ray: np.ndarray) -> float:
+        """To the first wall or piece of furniture, in lengths of the ray; without end, infinite."""
+        group, hit = np.array([1, 0, 0, 0, 0, 0], np.uint8), np.zeros(1, np.int32)  # not TOY_GROUP
+        free = mujoco.mj_ray(self.model, self.data, start, ray, group, True, -1, hit)
+        return math.inf if free < 0 else free
 
     def _release(self) -> bool:
         self._solid(self.held, True)
@@ -736,9 +732,7 @@ class PlayhouseEnv(gym.Env):
         """The held toy goes where the hand is: ahead of the body, on this side of a wall."""
         x, y, yaw = self.data.qpos[self._agent_qpos]
         hand, ahead = np.array([x, y, HAND[1]]), np.array([math.cos(yaw), math.sin(yaw), 0])
-        hit, group = np.zeros(1, np.int32), np.array([1, 0, 0, 0, 0, 0], np.uint8)
-        free = mujoco.mj_ray(self.model, self.data, hand, ahead, group, True, -1, hit)
-        reach = HAND[0] if free < 0 else min(HAND[0], max(free - 0.15, RADIUS))
+        reach = min(HAND[0], max(self._free_way(hand, ahead) - 0.15, RADIUS))
         joint = self.model.joint(self._toy_bodies[self.held].jntadr[0])
         # Turned half aside, so that one sees what it is.
         self.data.qpos[joint.qposadr[0] :][:7] = *(hand + reach * ahead), *about_z(yaw + 1)
@@ -946,6 +940,10 @@ def tour(path: Path, seed: int) -> list[str]:
     return missed
 
 
+def goals_for(args: Args, goals: Sequence[Goal]) -> list[Goal]:
+    return [goal for goal in goals if args.family in ("all", goal.family)]
+
+
 def draw_one_frame() -> None:
     """In a process of its own: a broken GL may crash or hang it."""
     try:
@@ -974,15 +972,14 @@ def make_envs(args: Args, num_envs: int, size: int) -> gym.vector.AsyncVectorEnv
             height=size,
         )
 
-    return gym.vector.AsyncVectorEnv(
-        [make_env] * num_envs,
-        context=START_METHOD,
-        autoreset_mode=gym.vector.AutoresetMode.DISABLED,
-    )
-
-
-def goals_for(args: Args, goals: Sequence[Goal]) -> list[Goal]:
-    return [goal for goal in goals if args.family in ("all", goal.family)]
+    try:
+        return gym.vector.AsyncVectorEnv(
+            [make_env] * num_envs,
+            context=START_METHOD,
+            autoreset_mode=gym.vector.AutoresetMode.DISABLED,
+        )
+    except (OSError, EOFError) as error:  # too many files or processes, or one was killed
+        check(False, f"--num-envs {num_envs}: the workers do not start ({error!r}); lower it")
 
 
 @contextmanager
@@ -1017,6 +1014,14 @@ def family_scores(rewards: torch.Tensor, temperature: float) -> torch.Tensor:
         others = torch.logsumexp(rewards[..., train] / temperature, -1, keepdim=True)
         p[..., heldout] = torch.sigmoid(rewards[..., heldout] / temperature - others)
     return p
+
+
+TRAINING, SELECTION, REPORT, CALIBRATION, NOISE = range(5)  # uses of --seed, each a stream
+
+
+def reset_seed(*key: int) -> int:
+    """32 bits from (seed, use, environment or rank, episode)."""
+    return int(np.random.SeedSequence(key).generate_state(1)[0])
 
 
 def random_play(envs, judge, key: tuple, args: Args):
@@ -1055,10 +1060,12 @@ def calibrate(scores: torch.Tensor, reached: torch.Tensor | None, rate: float) -
 def after_stage_one(
     scores: torch.Tensor, beta: torch.Tensor, carried: torch.Tensor, stage_one: torch.Tensor
 ):
-    """Scores [T, N, 240] of T steps, without those (-inf) of the goals of two stages whose toy was
-    not in the hand before, or still is; CLIP decides that too. `carried` [N, 240] says whose toy
-    was in the hand before these steps; the second result, after them. `stage_one` [240] is the
-    index of each goal's first stage, its own where it has but one."""
+    """To place counts only after CLIP saw the toy in the hand, and once it sees it there no longer.
+
+    Of the scores [T, N, 240] of T steps, those of a goal of two stages become -inf at the other
+    steps. `carried` [N, 240]: its toy was in the hand before them, in this episode; the second
+    result: before the steps that follow. `stage_one` [240]: the index of each goal's first stage,
+    its own where it has but one."""
     in_hand = (scores > beta)[..., stage_one]  # [T, N, 240]
     carried = torch.cat([carried[None], in_hand]).cumsum(0) > 0  # [T + 1, N, 240]
     one_stage = stage_one == torch.arange(len(GOALS), device=stage_one.device)
@@ -1077,6 +1084,13 @@ def remember(traces: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
     rates = torch.tensor(RATES, device=traces.device)[:, None]
     taken = F.one_hot(action, len(ACTIONS))[:, None]  # [N, 1, 9]
     return traces.unflatten(1, (len(RATES), -1)).lerp(taken.float(), rates).flatten(1)
+
+
+def atomic_save(state: dict, path: Path) -> None:
+    """A file that is there is whole, wherever the run was killed."""
+    part = path.with_suffix(".part")
+    torch.save(state, part)
+    os.replace(part, path)
 
 
 class Replay:
@@ -1102,7 +1116,7 @@ class Replay:
             "score": ((C, K, N, len(TRAIN_GOALS)), torch.float32),
             "goal": ((C, N), torch.int64),
             "age": ((C, N), torch.int64),  # steps of the episode before the block
-            "last": ((C, N), torch.int64),  # block of the episode, so far
+            "last": ((C, N), torch.int64),  # the last block of the same episode, so far
         }
         need = sum(math.prod(shape) * dtype.itemsize for shape, dtype in rings.values())  # bytes
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // LOCAL_WORLD_SIZE
@@ -1132,26 +1146,26 @@ class Replay:
         the number of steps from s to s' [B]; the goal [B]. A state is what is seen [B, h, w, C k]
         and the traces of the actions before it [B, 27].
         """
-
-        def draw(high: int) -> torch.Tensor:
-            return torch.randint(high, (batch_size,), generator=generator, device=self.device)
-
         d, C, K = self.data, self.blocks, self.steps
+        random = {"generator": generator, "device": self.device}
         oldest = max(0, self.head - C + 1)  # whose scores and frames reach back into the one before
-        t, n = oldest * K + draw((self.head - oldest) * K), draw(self.num_envs)
-        goal, age = d["goal"][t // K % C, n], d["age"][t // K % C, n] + t % K
-        left = (d["last"][t // K % C, n] + 1) * K - t  # steps of the episode, this one included
+        t = oldest * K + torch.randint((self.head - oldest) * K, (batch_size,), **random)
+        i = torch.randint(self.num_envs, (batch_size,), **random)  # the environment
+        slot = t // K % C
+        goal, age = d["goal"][slot, i], d["age"][slot, i] + t % K
+        left = (d["last"][slot, i] + 1) * K - t  # steps of the episode, this one included
         if relabel > 0:
-            # Hindsight: a goal that is reached by this step or at one of 7 later moments, but did
-            # not hold before: it would have ended an episode of its own. (The own one did, but only
-            # at the block's end.) A first frame is not scored; the next one stands in for it.
-            u = torch.rand((batch_size, 8), generator=generator, device=self.device)
+            # Hindsight: another goal, which step t or one of 7 random later ones of the episode
+            # reaches, and which was not reached before t: there an episode of its own would have
+            # ended. A first frame has no scores; those of the next one stand in for them.
+            u = torch.rand((batch_size, 8), **random)
             u[:, 0] = 0
-            moments, before = t[:, None] + (u * left[:, None]).long(), t - (age > 0).long()
-            scores = self._at("score", moments, n[:, None]).amax(1)  # [B, 190]
+            moments = t[:, None] + (u * left[:, None]).long()  # [B, 8]
+            before = t - (age > 0).long()
+            scores = self._at("score", moments, i[:, None]).amax(1)  # [B, 190]
             needed = beta[: scores.shape[1]]
-            offered = (scores > needed) & (self._at("score", before, n) <= needed)
-            use = torch.rand(batch_size, generator=generator, device=self.device) < relabel
+            offered = (scores > needed) & (self._at("score", before, i) <= needed)
+            use = torch.rand(batch_size, **random) < relabel
             use &= offered.any(1)
             offered[~use, 0] = True  # multinomial wants something to draw from
             # First a family, as a home draws its goal: most toys are only found, on the way.
@@ -1161,27 +1175,27 @@ class Replay:
             goal = torch.where(use, pick, goal)
         ahead = torch.arange(n_step, device=self.device)
         times = t[:, None] + torch.minimum(ahead, left[:, None] - 1)  # [B, n_step]
-        reached = self._at("score", times, n[:, None], goal[:, None]) > beta[goal][:, None]
+        reached = self._at("score", times, i[:, None], goal[:, None]) > beta[goal][:, None]
         r, first = reached.any(1), reached.int().argmax(1, keepdim=True)
         end = torch.where(r, times.gather(1, first)[:, 0], times[:, -1])
-        s = self._frames(t, n, 0), self._at("traces", t, n).float()
-        acted = remember(self._at("traces", end, n).float(), self._at("action", end, n).long())
-        s_next = self._frames(end, n, 1), acted
-        return s, self._at("action", t, n).long(), r.float(), s_next, end + 1 - t, goal
+        s = self._frames(t, i, 0), self._at("traces", t, i).float()
+        acted = remember(self._at("traces", end, i).float(), self._at("action", end, i).long())
+        s_next = self._frames(end, i, 1), acted
+        return s, self._at("action", t, i).long(), r.float(), s_next, end + 1 - t, goal
 
     def _at(self, name: str, t: torch.Tensor, *index: torch.Tensor) -> torch.Tensor:
         return self.data[name][(t // self.steps % self.blocks, t % self.steps, *index)]
 
-    def _frames(self, t: torch.Tensor, n: torch.Tensor, after: int) -> torch.Tensor:
+    def _frames(self, t: torch.Tensor, i: torch.Tensor, after: int) -> torch.Tensor:
         """The last frames of its episode before step t, with the one that follows it if `after`."""
         block, row = t // self.steps, t % self.steps + after
-        age = self.data["age"][block % self.blocks, n] + row
+        age = self.data["age"][block % self.blocks, i] + row
         frames = []
         for back in range(self.stack - 1, -1, -1):
             j = row - age.clamp(max=back)
             # Row 0 is also the last one of the block before.
             b, j = torch.where(j < 0, block - 1, block), torch.where(j < 0, j + self.steps, j)
-            frames.append(self.data["seen"][b % self.blocks, j, n])
+            frames.append(self.data["seen"][b % self.blocks, j, i])
         return torch.cat(frames, -1)
 
     def save(self, folder: Path, first: int) -> None:
@@ -1211,11 +1225,10 @@ class Replay:
         )
 
 
-@contextmanager
-def rank_failures():
-    """What gloo raises where a rank died, in one line; NCCL leaves that to torchrun."""
+def collective(call: Callable, *args) -> None:
+    """Of all ranks. Where one died gloo raises, here in one line; NCCL leaves that to torchrun."""
     try:
-        yield
+        call(*args)
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise SystemExit(
@@ -1229,8 +1242,7 @@ def average(*tensors: torch.Tensor) -> None:
     """Over all ranks, in place."""
     if WORLD_SIZE > 1:
         flat = torch.cat([tensor.flatten() for tensor in tensors])
-        with rank_failures():
-            dist.all_reduce(flat)
+        collective(dist.all_reduce, flat)
         parts = (flat / WORLD_SIZE).split([tensor.numel() for tensor in tensors])
         for tensor, part in zip(tensors, parts, strict=True):
             tensor.copy_(part.view(tensor.shape))
@@ -1240,8 +1252,7 @@ def gather(value) -> list:
     """The values of all ranks, in their order."""
     values = [value] * WORLD_SIZE
     if WORLD_SIZE > 1:
-        with rank_failures():
-            dist.all_gather_object(values, value)
+        collective(dist.all_gather_object, values, value)
     return values
 
 
@@ -1324,14 +1335,6 @@ def shrink(frames: np.ndarray, size: int, device) -> torch.Tensor:
     return x.unflatten(2, (size, factor)).unflatten(1, (size, factor)).float().mean((2, 4)).byte()
 
 
-TRAINING, SELECTION, REPORT, CALIBRATION, NOISE = range(5)  # uses of --seed, each a stream
-
-
-def reset_seed(*key: int) -> int:
-    """32 bits from (seed, use, environment or rank, episode)."""
-    return int(np.random.SeedSequence(key).generate_state(1)[0])
-
-
 def evaluate(
     envs, play, episodes: int, key: tuple, goals: Sequence[Goal],
     see, judge, clip_success, args: Args, device: str,
@@ -1355,17 +1358,18 @@ def evaluate(
         seen, _ = see(frame)
         stack = seen.repeat(1, 1, 1, args.frame_stack)
         traces = torch.zeros(envs.num_envs, TRACES, device=device)
-        frames, scores, truncated = [frame[0].copy()], [], np.zeros(1, bool)
+        frames, scores, judged, truncated = [frame[0].copy()], [], None, np.zeros(1, bool)
         while not truncated.all():  # all at once
-            blocks = len(scores) // args.score_every  # that are over
-            judged = scores[blocks * args.score_every - 1] if blocks else None
             a = play(stack, traces, goal, judged, generator)
+            action = a.cpu().numpy()
             with worker_failures(envs, "evaluation"):
-                envs.step_async(a.cpu().numpy())
+                envs.step_async(action)
                 frame, _, _, truncated, info = envs.step_wait(timeout=args.worker_timeout)
             frames.append(frame[0].copy())
             seen, s = see(frame)
             scores.append(judge([frame], [s], [info])[0])
+            if len(scores) % args.score_every == 0:  # the block is over
+                judged = scores[-1]
             stack = torch.cat([stack[..., seen.shape[-1] :], seen], -1)
             traces = remember(traces, a)
             success |= info["success"]
@@ -1393,13 +1397,6 @@ def write_video(film: np.ndarray, path: Path, writer: SummaryWriter | None, step
         )
         value = Summary.Value(tag="eval/video", image=image)
         writer.file_writer.add_summary(Summary(value=[value]), step)
-
-
-def atomic_save(state: dict, path: Path) -> None:
-    """A file that is there is whole, wherever the run was killed."""
-    part = path.with_suffix(".part")
-    torch.save(state, part)
-    os.replace(part, path)
 
 
 def load_checkpoint(run: Path, name: str, option: str) -> dict:
@@ -1469,22 +1466,20 @@ def main() -> None:
         if missed:
             raise SystemExit(f"--tour: not reached in this home: {', '.join(missed)}")
         return
-    device = args.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    check(
-        device == "cpu" or torch.cuda.device_count() > LOCAL_RANK,
-        f"--device {device}: {torch.cuda.device_count()} GPU(s) here; lower --nproc-per-node",
-    )
+
+    # ---- Devices, workers and ranks
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    device = args.device if args.device != "auto" else "cuda" if gpus else "cpu"
+    remedy = "take cpu, install a CUDA build of torch, or lower --nproc-per-node"
+    check(device == "cpu" or gpus > LOCAL_RANK, f"--device {device}: {gpus} GPU(s) here; {remedy}")
     if args.precision == "auto":  # settled here, so that a resumed run keeps it
         # torch.cuda.is_bf16_supported would start CUDA before the fork
         has_bf16 = device == "cuda" or torch.cpu._is_amx_tile_supported()
         args.precision = "bf16" if has_bf16 else "fp32"
     # The workers are forked before this process touches CUDA, and never touch it themselves.
     envs = make_envs(args, args.num_envs, args.frame_size)
-    video_size = VIDEO_SIZE
-    if args.policy_input == "pixels":  # it is shrunk to what the policy sees
-        video_size = args.policy_size * math.ceil(VIDEO_SIZE / args.policy_size)
+    # A multiple of what the policy sees, if that is pixels: they are shrunk to it.
+    video_size = args.policy_size * math.ceil(VIDEO_SIZE / args.policy_size)
     films = args.capture_video and RANK == 0 or args.evaluate is not None
     video_envs = make_envs(args, 1, video_size) if films else None
     if device == "cuda":
@@ -1492,6 +1487,8 @@ def main() -> None:
     if WORLD_SIZE > 1:
         backend = "nccl" if device == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=2))  # they wait for evaluations
+
+    # ---- CLIP, and the networks
     try:  # with --reward env for the prompts' embeddings, and for what the policy sees
         clip = CLIPReward(
             args.clip_model, [goal.prompt for goal in GOALS], args.baseline, args.alpha,
@@ -1506,7 +1503,6 @@ def main() -> None:
     text = F.normalize(clip.goal - shared, dim=-1)  # [240, D]
     train_goals, heldout_goals = goals_for(args, TRAIN_GOALS), goals_for(args, HELDOUT_GOALS)
 
-    threads = torch.get_num_threads()
     torch.manual_seed(args.seed)
     # The network sees CLIP's embeddings along the (at most 128) directions in which goals differ.
     axes = torch.linalg.svd(text[: len(TRAIN_GOALS)], full_matrices=False).Vh[:128]
@@ -1528,16 +1524,18 @@ def main() -> None:
     learning_rate = torch.tensor(args.learning_rate, device=device)
     adam = {"lr": learning_rate, "fused": True, "capturable": device == "cuda"}
     optimizer = torch.optim.Adam(q_network.parameters(), **adam)
-    fixed_beta = 0.5 if args.reward == "env" else args.beta or 0.0
-    beta = torch.full((len(GOALS),), fixed_beta, device=device)
+    beta = torch.full((len(GOALS),), args.beta or 0.0, device=device)
+    if args.reward == "env":
+        beta.fill_(0.5)  # between false and true
     generator = torch.Generator(device).manual_seed(reset_seed(args.seed, NOISE, RANK))
 
+    # ---- Scores of frames, goals to pursue, actions
     temperature = args.temperature or clip.temperature
     stages = STAGE_ONE if args.place_after_lift else range(len(GOALS))
     stage_one = torch.tensor(stages, device=device)
     trained = torch.tensor([args.family in ("all", goal.family) for goal in GOALS], device=device)
     trained[stage_one[trained]] = True
-    nothing = torch.zeros(args.num_envs, len(GOALS), dtype=torch.bool, device=device)
+    none_carried = torch.zeros(args.num_envs, len(GOALS), dtype=torch.bool, device=device)
 
     def judge(frames, embeddings, infos) -> torch.Tensor:
         """CLIP's scores of T steps for all goals, [T, N, 240], or with --reward env the truth. The
@@ -1589,8 +1587,9 @@ def main() -> None:
 
     def clip_success(scores: torch.Tensor, goal: torch.Tensor) -> np.ndarray:
         """Whether CLIP's reward was ever 1 in N episodes with scores [T, N, 240]."""
-        return is_reached(counted(scores, nothing[: len(goal)])[0], goal).any(0)
+        return is_reached(counted(scores, none_carried[: len(goal)])[0], goal).any(0)
 
+    # ---- Evaluation
     by_clip = None if args.reward == "env" else clip_success
     assess = partial(evaluate, see=see, judge=judge, clip_success=by_clip, args=args, device=device)
 
@@ -1633,6 +1632,7 @@ def main() -> None:
         video_envs.close()
         return
 
+    # ---- A new run, or one that goes on
     replay = Replay(args.buffer_size, args.score_every, example, args.frame_stack, device)
     name = f"PlayhouseCLIP-v0__{args.exp_name}__{args.seed}__{int(1000 * time.time())}"
     run = args.resume or Path("runs") / gather(name)[0]
@@ -1657,7 +1657,7 @@ def main() -> None:
         beta.copy_(calibrate(scores, truth, args.false_positive_rate).clamp(min=least))
         average(beta)  # all ranks played in the same homes: alike but for rounding
         if RANK == 0:
-            print({family: beta[COLUMNS["train"][family][0]].item() for family in FAMILIES})
+            print("beta:", {f: beta[columns[0]].item() for f, columns in COLUMNS["train"].items()})
     if args.track and RANK == 0:
         import wandb
 
@@ -1671,6 +1671,8 @@ def main() -> None:
         writer = SummaryWriter(run, purge_step=step + 1 if args.resume else None)
         writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}", step)
         (run / "args.json").write_text(json.dumps(arguments, indent=2) + "\n")
+
+    # ---- What the loop calls
 
     def save_checkpoint(name: str, ranks: list[dict]) -> None:
         state = {
@@ -1713,7 +1715,8 @@ def main() -> None:
         clock = time.time()
 
     def update(seen, traces, a_t, r_t, seen_next, traces_next, n, e) -> dict[str, torch.Tensor]:
-        """One gradient step on a batch, with the goals' embeddings e [B, C]; returns the losses."""
+        """One gradient step on a batch, with the goals' embeddings e [B, C]; returns the losses.
+        Its inputs are single tensors, as those of a CUDA graph have to be."""
         s_t, s_next = (seen, traces), (seen_next, traces_next)
         with torch.no_grad():
             q_next = target(*s_next, e)  # [B, 9]
@@ -1732,19 +1735,20 @@ def main() -> None:
         update = torch.compile(update)
         update = CUDAGraph(update) if device == "cuda" else update
 
-    frame, goal = reset(np.ones(args.num_envs, bool))
-    goal = torch.from_numpy(goal).to(device)
-    pursuit = stage_one[goal]  # what is pursued now
-    seen, _ = see(frame)  # [N, h, w, C]
+    # ---- Train
+    threads, random = torch.get_num_threads(), {"generator": generator, "device": device}
+    ended = np.ones(args.num_envs, bool)  # whose episode is over: all are to begin
+    seen = example.clone()  # [N, h, w, C]
     stack = seen.repeat(1, 1, 1, args.frame_stack)
+    # Goals, and what is pursued now; whose action is random now, and which it is: drawn at the
+    # start, then every --explore-steps.
+    goal = pursuit = wander = torch.zeros(args.num_envs, dtype=torch.int64, device=device)
+    exploring = torch.zeros_like(goal, dtype=torch.bool)
     traces = torch.zeros(args.num_envs, TRACES, device=device)  # of the actions before
-    starts = torch.ones(args.num_envs, dtype=torch.bool, device=device)  # of an episode
-    # Whose action is random now, and which it is: drawn at the start, then every --explore-steps.
-    exploring, wander = torch.zeros_like(starts), torch.zeros_like(starts, dtype=torch.int64)
     age = np.zeros(args.num_envs, np.int64)  # steps of the running episodes
-    carried = nothing.clone()  # in them, whose toy was in the hand
+    carried = none_carried.clone()  # in them, whose toy was in the hand
     pending = []  # steps of the running block
-    losses, episodes = {}, defaultdict(list)  # of the last update; since the last log
+    losses, finished = {}, defaultdict(list)  # of the last update; episodes since the last log
     seconds = dict.fromkeys(("act", "update", "env", "clip", "evaluate", "checkpoint"), 0.0)
     started = clock = time.time()
     first_step, stride = step, args.num_envs * WORLD_SIZE  # env steps per vector step of all ranks
@@ -1752,18 +1756,30 @@ def main() -> None:
         total=args.total_timesteps, initial=step, unit="step", mininterval=1, disable=RANK > 0
     )
     while step < args.total_timesteps or pending:
+        # ---- Reset
+        if ended.any():
+            new_frame, new_goal = reset(ended)
+            new = torch.from_numpy(ended).to(device)
+            seen[new], _ = see(new_frame[ended])
+            stack[new] = seen[new].repeat(1, 1, 1, args.frame_stack)
+            goal = torch.where(new, torch.from_numpy(new_goal).to(device), goal)
+            pursuit = torch.where(new, stage_one[goal], pursuit)
+            traces[new], carried[new], starts = 0, False, new
+            age, ended = np.where(ended, 0, age), np.zeros_like(ended)
+            lap("env")
+
         # ---- Act
         explored = (step - args.learning_starts) / args.epsilon_steps
         epsilon = 1 - (1 - args.epsilon_end) * min(max(explored, 0), 1)
-        options = {"generator": generator, "device": device}
-        redraw = starts | (torch.rand(args.num_envs, **options) < 1 / args.explore_steps)
-        explores = torch.rand(args.num_envs, **options) < epsilon
+        redraw = starts | (torch.rand(args.num_envs, **random) < 1 / args.explore_steps)
+        explores = torch.rand(args.num_envs, **random) < epsilon
         exploring = torch.where(redraw, explores, exploring)
-        uniform = torch.randint(len(ACTIONS), (args.num_envs,), **options)
+        uniform = torch.randint(len(ACTIONS), (args.num_envs,), **random)
         wander = torch.where(redraw, uniform, wander)
         a = torch.where(exploring, wander, policy(stack, traces, pursuit, generator))  # [N]
+        action = a.cpu().numpy()  # here, as what CUDA raises is no worker's fault
         with worker_failures(envs, f"step {step}"):
-            envs.step_async(a.cpu().numpy())
+            envs.step_async(action)
         lap("act")
 
         # ---- Update on one core, while the workers step and render on the others
@@ -1805,10 +1821,10 @@ def main() -> None:
         scores = judge(frames, embeddings, infos)
         stop_if_nan("the CLIP reward", [scores])
         scores, carried = counted(scores, carried)  # [K, N, 240]
-        # What is trained is what was pursued, but for half of the blocks of a first stage, which
-        # are trained for the goal behind it: else nothing would tell what that is worth without the
-        # toy in the hand, and to drop the toy would cost nothing.
-        for_goal = torch.rand(args.num_envs, **options) < 0.5
+        # A block is stored for what was pursued in it. But half of those that pursued the first
+        # stage of a goal are stored for the goal itself: else Q(place) would never be trained while
+        # the hand is empty, and to drop the toy would seem to cost nothing.
+        for_goal = torch.rand(args.num_envs, **random) < 0.5
         replay.add(
             seen=torch.stack([*befores, seen]),
             action=torch.stack(actions),
@@ -1828,12 +1844,12 @@ def main() -> None:
         saves = last or step % args.checkpoint_every < boundary
         done = r.any(0) | truncated
         ended = done | evaluates | saves  # which cut the running episodes short
-        episodes["charts/episodic_return"] += r.any(0)[done].tolist()
-        episodes["charts/episodic_length"] += age[done].tolist()
-        episodes["charts/precision"] += success[r].tolist()  # is it done where r = 1?
+        finished["charts/episodic_return"] += r.any(0)[done].tolist()
+        finished["charts/episodic_length"] += age[done].tolist()
+        finished["charts/precision"] += success[r].tolist()  # is it done where r = 1?
         lap("clip")
 
-        # ---- Evaluate, log, save, reset
+        # ---- Evaluate, log, save
         if evaluates or saves or step // boundary % 50 == 0:
             stop_if_nan("a network or loss", (*q_network.parameters(), *losses.values()))
         if evaluates and RANK == 0:  # the others wait in the next average or gather
@@ -1853,31 +1869,21 @@ def main() -> None:
         if saves or step // boundary % 50 == 0:
             if RANK == 0:
                 scalars = {f"losses/{name}": value.item() for name, value in losses.items()}
-                scalars |= {name: np.mean(values) for name, values in episodes.items() if values}
+                scalars |= {name: np.mean(values) for name, values in finished.items() if values}
                 scalars |= {f"time/{k}": v / (step - first_step) for k, v in seconds.items()}
                 scalars |= {"charts/epsilon": epsilon}
                 scalars["charts/SPS"] = (step - first_step) / (time.time() - started)
                 for name, value in scalars.items():
                     writer.add_scalar(name, value, step)
-            episodes.clear()
+            finished.clear()
         if saves:
             replay.save(replay_folder, saved_block)
             saved_block = replay.head
             ranks = gather({"generator": generator.get_state(), "episode": episode.tolist()})
             if RANK == 0:  # now all have their replay on disk
+                writer.flush()  # first: a resume logs nothing again that is before last.pt
                 save_checkpoint("last.pt", ranks)
-                writer.flush()
             lap("checkpoint")
-        if ended.any():
-            new_frame, new_goal = reset(ended)
-            new = torch.from_numpy(ended).to(device)
-            seen[new], _ = see(new_frame[ended])
-            stack[new] = seen[new].repeat(1, 1, 1, args.frame_stack)
-            traces[new], carried[new], starts = 0, False, new
-            age = np.where(ended, 0, age)
-            goal = torch.where(new, torch.from_numpy(new_goal).to(device), goal)
-            pursuit = torch.where(new, stage_one[goal], pursuit)
-            lap("env")
     bar.close()
     if WORLD_SIZE > 1:
         dist.destroy_process_group()

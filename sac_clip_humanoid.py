@@ -32,7 +32,7 @@ import threading
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -40,7 +40,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 os.environ.setdefault("LP_NUM_THREADS", "0")  # Mesa: each worker renders on its own core
-os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # to ask for CUDA does not start it
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # is_available() starts no CUDA
 if sys.platform == "linux":
     os.environ.setdefault("MUJOCO_GL", "egl")
 
@@ -58,6 +58,14 @@ from tqdm import tqdm
 
 from clip_reward import CLIPReward  # before mujoco: torch must load ahead of the first GL context
 
+
+def check(condition: object, message: str) -> None:
+    """Unless the condition holds, stop with one line that names flag, value and remedy."""
+    if not condition:
+        print(message, file=sys.stderr)
+        raise SystemExit(2)
+
+
 GL_REMEDY = (
     "On Debian or Ubuntu: apt-get install libegl1 libgl1, or apt-get install libosmesa6 and set "
     "MUJOCO_GL=osmesa"
@@ -66,12 +74,8 @@ try:
     import mujoco
     from gymnasium.envs.mujoco.humanoid_v5 import HumanoidEnv as MujocoHumanoid
 except Exception as error:  # mujoco raises whatever its GL loader raised
-    print(
-        f"MUJOCO_GL={os.environ.get('MUJOCO_GL', '')}: mujoco cannot load this renderer ({error}). "
-        f"{GL_REMEDY}",
-        file=sys.stderr,
-    )
-    raise SystemExit(2) from None
+    gl = os.environ.get("MUJOCO_GL", "")
+    check(False, f"MUJOCO_GL={gl}: mujoco cannot load this renderer ({error}). {GL_REMEDY}")
 
 HERE = Path(__file__).resolve().parent
 # fork spares each worker the import of torch, but is safe on Linux only
@@ -173,13 +177,6 @@ class Args:
     layer_norm: bool = False  # in the critics, against overestimated values
 
 
-def check(condition: object, message: str) -> None:
-    """Unless the condition holds, stop with one line that names flag, value and remedy."""
-    if not condition:
-        print(message, file=sys.stderr)
-        raise SystemExit(2)
-
-
 def check_args(args: Args) -> None:
     def require(name: str, condition: object, remedy: str) -> None:
         check(condition, f"--{name.replace('_', '-')} {getattr(args, name)}: {remedy}")
@@ -201,23 +198,20 @@ def check_args(args: Args) -> None:
     require("task", args.task in (*TASKS, "all"), f"choose one of {', '.join(TASKS)}, or all")
     from_clip = args.reward == "clip" and args.goal is None
     require("task", args.task != "all" or from_clip, "not together with --goal or --reward env")
+    require("goal", args.goal is None or args.reward == "clip", "not together with --reward env")
     for name in ("goal", "baseline"):
         sentence = getattr(args, name)
         check(sentence is None or sentence.strip(), f"--{name} {sentence!r}: write a sentence")
-    remedy = f"larger than --buffer-size {args.buffer_size}; lower it"
-    require("batch_size", args.batch_size <= args.buffer_size, remedy)
     least = 3 * args.num_envs  # the replay's shortest ring: s, s' and a next s
     remedy = f"holds fewer than three steps of each environment; raise it to {least}"
     require("buffer_size", args.buffer_size >= least, remedy)
     least = MAX_STEPS * args.num_envs * WORLD_SIZE
-    for name in () if args.evaluate else ("eval_every", "checkpoint_every"):
-        remedy = f"cuts every episode of {MAX_STEPS} steps short; raise it to {least}"
-        require(name, getattr(args, name) >= least, remedy)
+    remedy = f"cuts every episode of {MAX_STEPS} steps short; raise it to {least}"
+    for name in ("eval_every", "checkpoint_every"):
+        require(name, args.evaluate or getattr(args, name) >= least, remedy)
     wandb = importlib.util.find_spec("wandb")
-    require("track", not args.track or wandb, "wandb is missing; pip install wandb")
+    require("track", wandb or args.evaluate or not args.track, "no wandb here; pip install wandb")
     require("evaluate", WORLD_SIZE == 1 or args.evaluate is None, "start it without torchrun")
-    cuda = args.device != "cuda" or torch.cuda.is_available()
-    require("device", cuda, "no such device; take cpu, or install a CUDA build of torch")
 
 
 class Pose(NamedTuple):
@@ -604,11 +598,14 @@ def make_envs(args: Args, num_envs: int, size: int) -> gym.vector.AsyncVectorEnv
         )
         return FrameObservation(ActionRepeat(env, args.action_repeat))
 
-    return gym.vector.AsyncVectorEnv(
-        [make_env] * num_envs,
-        context=START_METHOD,
-        autoreset_mode=gym.vector.AutoresetMode.DISABLED,
-    )
+    try:
+        return gym.vector.AsyncVectorEnv(
+            [make_env] * num_envs,
+            context=START_METHOD,
+            autoreset_mode=gym.vector.AutoresetMode.DISABLED,
+        )
+    except (OSError, EOFError) as error:  # too many files or processes, or one was killed
+        check(False, f"--num-envs {num_envs}: the workers do not start ({error!r}); lower it")
 
 
 @contextmanager
@@ -630,6 +627,13 @@ def worker_failures(envs: gym.vector.AsyncVectorEnv, stage: str):
             f"({reason}). MUJOCO_GL is {os.environ.get('MUJOCO_GL')}: try a lower --num-envs, "
             "MUJOCO_GL=osmesa, or a longer --worker-timeout"
         ) from None
+
+
+def atomic_save(state: dict, path: Path) -> None:
+    """A file that is there is whole, wherever the run was killed."""
+    part = path.with_suffix(".part")
+    torch.save(state, part)
+    os.replace(part, path)
 
 
 class Replay:
@@ -720,11 +724,10 @@ class Replay:
         )
 
 
-@contextmanager
-def rank_failures():
-    """What gloo raises where a rank died, in one line; NCCL leaves that to torchrun."""
+def collective(call: Callable, *args) -> None:
+    """Of all ranks. Where one died gloo raises, here in one line; NCCL leaves that to torchrun."""
     try:
-        yield
+        call(*args)
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise SystemExit(
@@ -738,8 +741,7 @@ def average(*tensors: torch.Tensor) -> None:
     """Over all ranks, in place."""
     if WORLD_SIZE > 1:
         flat = torch.cat([tensor.flatten() for tensor in tensors])
-        with rank_failures():
-            dist.all_reduce(flat)
+        collective(dist.all_reduce, flat)
         parts = (flat / WORLD_SIZE).split([tensor.numel() for tensor in tensors])
         for tensor, part in zip(tensors, parts, strict=True):
             tensor.copy_(part.view(tensor.shape))
@@ -749,8 +751,7 @@ def gather(value) -> list:
     """The values of all ranks, in their order."""
     values = [value] * WORLD_SIZE
     if WORLD_SIZE > 1:
-        with rank_failures():
-            dist.all_gather_object(values, value)
+        collective(dist.all_gather_object, values, value)
     return values
 
 
@@ -893,9 +894,7 @@ def evaluate(envs, policy, score, tasks: list[str], episodes: int, key: tuple, a
             action = ACTION_SCALE * policy(observation["state"], goal)
             with worker_failures(envs, "evaluation"):
                 envs.step_async(action)
-                observation, reward, terminated, truncated, info = envs.step_wait(
-                    args.worker_timeout
-                )
+                observation, reward, *ends, info = envs.step_wait(args.worker_timeout)
             frames.append(observation["frame"][0].copy())
             if score is not None:
                 scores.append(score(observation["frame"][None]))
@@ -903,7 +902,7 @@ def evaluate(envs, policy, score, tasks: list[str], episodes: int, key: tuple, a
             rewards.append(reward)
             if "goal_state" in info:  # a free goal has none
                 goal_states.append(info["goal_state"].reshape(envs.num_envs, -1)[each, goal])
-            running = running & ~(terminated | truncated)
+            running = running & ~np.logical_or(*ends)
         if first < len(tasks):
             film.append(np.stack(frames).repeat(args.action_repeat, 0))
         played = np.stack(played)  # [T, N]
@@ -935,13 +934,6 @@ def write_video(film: np.ndarray, path: Path, writer: SummaryWriter | None, step
         )
         value = Summary.Value(tag="eval/video", image=image)
         writer.file_writer.add_summary(Summary(value=[value]), step)
-
-
-def atomic_save(state: dict, path: Path) -> None:
-    """A file that is there is whole, wherever the run was killed."""
-    part = path.with_suffix(".part")
-    torch.save(state, part)
-    os.replace(part, path)
 
 
 def load_checkpoint(run: Path, name: str, option: str) -> dict:
@@ -996,13 +988,10 @@ def parse_args() -> Args:
 def main() -> None:
     args = parse_args()
     check_args(args)
-    device = args.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    check(
-        device == "cpu" or torch.cuda.device_count() > LOCAL_RANK,
-        f"--device {device}: {torch.cuda.device_count()} GPU(s) here; lower --nproc-per-node",
-    )
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    device = args.device if args.device != "auto" else "cuda" if gpus else "cpu"
+    remedy = "take cpu, install a CUDA build of torch, or lower --nproc-per-node"
+    check(device == "cpu" or gpus > LOCAL_RANK, f"--device {device}: {gpus} GPU(s) here; {remedy}")
     if args.precision == "auto":  # settled here, so that a resumed run keeps it
         # torch.cuda.is_bf16_supported would start CUDA before the fork
         has_bf16 = device == "cuda" or torch.cpu._is_amx_tile_supported()
@@ -1056,18 +1045,18 @@ def main() -> None:
     critic = TwinQ(input_dim, act_dim, args.hidden, args.layer_norm).to(device)
     target = copy.deepcopy(critic).requires_grad_(False)
     agent = copy.deepcopy(actor).requires_grad_(False)  # the actor's average: what is evaluated
-    initial = args.ent_coef or args.initial_ent_coef
-    learns_ent_coef = args.ent_coef is None
-    log_ent_coef = torch.tensor(math.log(initial), device=device, requires_grad=learns_ent_coef)
+    log_ent_coef = torch.tensor(math.log(args.ent_coef or args.initial_ent_coef), device=device)
     target_entropy = -float(act_dim)
     # The learning rate is a tensor, as --compile makes a number a constant.
     learning_rate = torch.tensor(args.learning_rate, device=device)
     adam = {"lr": learning_rate, "fused": True, "capturable": device == "cuda"}
     critic_optimizer = torch.optim.Adam(critic.parameters(), **adam)
-    # SAC's temperature too: its loss and the actor's share no gradient, so one pass serves both.
-    actor_weights = [*actor.parameters()] + [log_ent_coef] * learns_ent_coef
+    actor_weights = [*actor.parameters()]
+    if args.ent_coef is None:  # its loss and the actor's share no gradient: one pass serves both
+        actor_weights.append(log_ent_coef.requires_grad_())
     actor_optimizer = torch.optim.Adam(actor_weights, **adam)
     generator = torch.Generator(device).manual_seed(reset_seed(args.seed, NOISE, RANK))
+    random = {"generator": generator, "device": device}
     learned = {
         "normaliser": normaliser, "actor": actor, "agent": agent, "critic": critic,
         "target": target, "critic_optimizer": critic_optimizer, "actor_optimizer": actor_optimizer,
@@ -1081,13 +1070,12 @@ def main() -> None:
 
     clip_thread = ThreadPoolExecutor(1, initializer=start_clip)
 
-    def clip_score(frames: np.ndarray) -> Future[np.ndarray]:
-        """The rewards [T, N, G] of frames [T, N, H, W, 3], to come."""
-        flat = frames.reshape(-1, *frames.shape[2:])
-        rewards = lambda: args.action_repeat * clip(flat).unflatten(0, frames.shape[:2])
-        return clip_thread.submit(lambda: rewards().cpu().numpy())
+    def clip_rewards(frames: np.ndarray) -> np.ndarray:
+        """Of frames [T, N, H, W, 3], each for all steps of its action: [T, N, G]."""
+        rewards = clip(frames.reshape(-1, *frames.shape[2:])).unflatten(0, frames.shape[:2])
+        return args.action_repeat * rewards.cpu().numpy()
 
-    score = clip_score if clip is not None else None
+    score = (lambda frames: clip_thread.submit(clip_rewards, frames)) if clip is not None else None
 
     def network_input(s: torch.Tensor, goal: torch.Tensor) -> torch.Tensor:
         """What the networks see of states [B, O] on the way to goals [B]: [B, O + E]."""
@@ -1096,7 +1084,7 @@ def main() -> None:
     @torch.no_grad()
     def policy(state: np.ndarray, goal: np.ndarray) -> np.ndarray:
         """The deterministic action."""
-        s = network_input(*(torch.from_numpy(x).to(device) for x in (state, goal)))
+        s = network_input(torch.from_numpy(state).to(device), torch.from_numpy(goal).to(device))
         return torch.tanh(agent(s)[0]).cpu().numpy()
 
     def final_report(run: Path) -> None:
@@ -1152,14 +1140,14 @@ def main() -> None:
         step, saved_head, best_return = state["step"], own["replay_head"], state["best_return"]
         episode[:] = own["episode"]
         replay.load(replay_folder, saved_head)
+    arguments = asdict(args) | {"resume": None, "evaluate": None}  # of the run, not of this start
     if args.track and RANK == 0:
         import wandb
 
         wandb.init(
             project=args.wandb_project_name, entity=args.wandb_entity, name=run.name,
-            config=asdict(args), sync_tensorboard=True, save_code=True,
+            config=arguments, sync_tensorboard=True, save_code=True,
         )  # fmt: skip
-    arguments = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(args).items()}
     table = "\n".join(f"|{key}|{value}|" for key, value in arguments.items())
     if RANK == 0:
         writer = SummaryWriter(run, purge_step=step + 1 if args.resume else None)
@@ -1169,7 +1157,7 @@ def main() -> None:
     def save_checkpoint(name: str, ranks: list[dict]) -> None:
         state = {key: part.state_dict() for key, part in learned.items()}
         state |= {
-            "args": {**arguments, "resume": None, "evaluate": None},
+            "args": arguments,
             "log_ent_coef": log_ent_coef.detach(),
             "goal_input": goal_input,
             "device": device,
@@ -1229,20 +1217,21 @@ def main() -> None:
         update = torch.compile(update)
         update = CUDAGraph(update) if device == "cuda" else update
 
-    def lap(stage: str) -> None:
-        nonlocal clock
-        seconds[stage] += time.time() - clock
-        clock = time.time()
-
     greedy = round(args.greedy_envs * args.num_envs)  # environments that act without noise
     each = np.arange(args.num_envs)
     observation = reset(np.ones(args.num_envs, bool))
     pending = []  # rows that CLIP's thread does not have yet
     scoring = []  # batches of rows that it has, each with its rewards to come
     totals = defaultdict(lambda: np.zeros(args.num_envs))  # of the running episodes
-    losses, episodes = {}, defaultdict(list)  # of the last update; since the last log
+    losses, finished = {}, defaultdict(list)  # of the last update; episodes since the last log
     seconds = dict.fromkeys(("act", "update", "env", "clip", "evaluate", "checkpoint"), 0.0)
     started = clock = time.time()
+
+    def lap(stage: str) -> None:
+        nonlocal clock
+        seconds[stage] += time.time() - clock
+        clock = time.time()
+
     first_step = step
     stride = args.num_envs * args.action_repeat * WORLD_SIZE  # env steps per action of all ranks
     bar = tqdm(
@@ -1252,14 +1241,13 @@ def main() -> None:
         # ---- Act; at each reset an environment moves on to the next goal
         s = torch.from_numpy(observation["state"]).to(device)  # [N, O]
         goal = (RANK * args.num_envs + each + episode) % len(tasks)  # [N]
-        with torch.no_grad():
-            if step < args.learning_starts:
-                a = torch.rand((args.num_envs, act_dim), generator=generator, device=device) * 2 - 1
-            else:
-                inputs = network_input(s, torch.from_numpy(goal).to(device))  # [N, O + E]
-                noise = torch.randn((args.num_envs, act_dim), generator=generator, device=device)
-                a, _ = actor.sample(inputs, noise)  # [N, A]
-                a[:greedy] = torch.tanh(actor(inputs[:greedy])[0])
+        if step < args.learning_starts:
+            a = 2 * torch.rand(args.num_envs, act_dim, **random) - 1  # [N, A]
+        else:
+            noise = torch.randn(args.num_envs, act_dim, **random)
+            noise[:greedy] = 0
+            with torch.no_grad():
+                a, _ = actor.sample(network_input(s, torch.from_numpy(goal).to(device)), noise)
         action = ACTION_SCALE * a.cpu().numpy()
         with worker_failures(envs, f"step {step}"):
             envs.step_async(action)
@@ -1273,12 +1261,11 @@ def main() -> None:
         for _ in range(due if ready else 0):
             s_t, a_t, r_t, s_next, terminated_t, g = replay.sample(args.batch_size, generator)
             if len(tasks) > 1:  # hindsight: every frame was scored for every goal
-                options = {"generator": generator, "device": device}
-                relabel = torch.rand(len(g), **options) < args.relabel_fraction
-                g = torch.where(relabel, torch.randint(len(tasks), g.shape, **options), g)  # [B]
+                relabel = torch.rand(len(g), **random) < args.relabel_fraction
+                g = torch.where(relabel, torch.randint(len(tasks), g.shape, **random), g)  # [B]
             r_t = r_t.gather(1, g[:, None])[:, 0]  # [B, G] -> [B]
             s_t, s_next = network_input(s_t, g), network_input(s_next, g)
-            noise = torch.randn((2, *a_t.shape), generator=generator, device=device)
+            noise = torch.randn(2, *a_t.shape, **random)
             losses = update(s_t, a_t, r_t, s_next, terminated_t, noise)
         lap("update")
 
@@ -1291,8 +1278,9 @@ def main() -> None:
         # The first step at or past each multiple, whatever --num-envs is
         evaluates = last or step % args.eval_every < stride
         saves = last or step % args.checkpoint_every < stride
+        cuts = evaluates or saves  # the running episodes short
         done = terminated | truncated
-        ended = done | evaluates | saves  # which cut the running episodes short
+        ended = done | cuts
         s_next = torch.from_numpy(next_observation["state"]).to(device)
         frame = next_observation["frame"]
         pending.append(Row(s, a, reward, s_next, terminated, goal, frame, done, ended))
@@ -1300,11 +1288,11 @@ def main() -> None:
         # ---- Hand the frames of several steps to CLIP's thread as one batch, and store the batch
         # before it, which was scored meanwhile. Evaluations and checkpoints wait for all, so that
         # a checkpoint has nothing that is pending.
-        if len(pending) == args.score_every or evaluates or saves:
+        if len(pending) == args.score_every or cuts:
             frames = np.stack([row.frame for row in pending])  # [T, N, H, W, 3]
             scoring.append((pending, score(frames) if score else None))
             pending = []
-        while len(scoring) > (0 if evaluates or saves else 1):
+        while len(scoring) > (0 if cuts else 1):
             rows, future = scoring.pop(0)
             rewards = future.result() if future else np.stack([r.reward for r in rows])[..., None]
             stop_if_nan("the reward", [torch.from_numpy(rewards)])
@@ -1314,7 +1302,7 @@ def main() -> None:
                     gained["clip_return"] = r[each, row.goal]
                 for name, value in gained.items():
                     totals[name] += value
-                    episodes[f"charts/{name}"] += totals[name][row.done].tolist()
+                    finished[f"charts/{name}"] += totals[name][row.done].tolist()
                     totals[name][row.ended] = 0
                 transition = row.s, row.a, r, row.s_next, row.terminated, row.goal
                 replay.add(*transition, ended=row.ended.any())
@@ -1322,7 +1310,7 @@ def main() -> None:
         lap("clip")
 
         # ---- Evaluate, log, save, reset
-        if evaluates or saves:
+        if cuts:
             networks = (*actor.parameters(), *critic.parameters(), *normaliser.buffers())
             stop_if_nan("a network", (*networks, log_ent_coef))
         if evaluates and RANK == 0:  # the others wait in the next average or gather
@@ -1345,20 +1333,20 @@ def main() -> None:
             stop_if_nan("a loss", losses.values())
             if RANK == 0:
                 scalars = {f"losses/{name}": value.item() for name, value in losses.items()}
-                scalars |= {name: np.mean(values) for name, values in episodes.items() if values}
+                scalars |= {name: np.mean(values) for name, values in finished.items() if values}
                 scalars |= {f"time/{k}": v / (step - first_step) for k, v in seconds.items()}
                 scalars["charts/SPS"] = (step - first_step) / (time.time() - started)
                 for name, value in scalars.items():
                     writer.add_scalar(name, value, step)
-            episodes.clear()
+            finished.clear()
         if saves:
             replay.save(replay_folder, saved_head)
             saved_head = replay.head
             own = {"generator": generator.get_state(), "episode": episode.tolist()}
             ranks = gather(own | {"replay_head": saved_head})
             if RANK == 0:  # now all have their replay on disk
+                writer.flush()  # first: a resume logs nothing again that is before last.pt
                 save_checkpoint("last.pt", ranks)
-                writer.flush()
             lap("checkpoint")
         observation = reset(ended) if ended.any() else next_observation
         lap("env")

@@ -18,11 +18,13 @@ from sac_clip_humanoid import (  # first: it puts torch before the first GL cont
     TASKS,
     ActionRepeat,
     Actor,
+    Args,
     HumanoidEnv,
     Normaliser,
     Replay,
     TwinQ,
     main,
+    make_envs,
     parse_args,
     worker_failures,
 )
@@ -601,8 +603,11 @@ def test_half_act_without_noise_and_a_frame_counts_for_its_steps(tmp_path, monke
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [SCRIPT, *flags, "--no-capture-video"])
     monkeypatch.setattr("sac_clip_humanoid.CLIPReward", Content)
-    noisy = lambda self, s, noise: (torch.full((len(s), 17), 0.9), torch.zeros(len(s)))
-    monkeypatch.setattr(Actor, "sample", noisy)
+
+    def sample(self, s, noise):
+        return torch.where(noise == 0, torch.tanh(self(s)[0]), 0.9), torch.zeros(len(s))
+
+    monkeypatch.setattr(Actor, "sample", sample)
     main()
     run = only_run(tmp_path)
     assert json.loads((run / "report.json").read_text())["last"]["clip_return"] == 100
@@ -613,6 +618,18 @@ def test_half_act_without_noise_and_a_frame_counts_for_its_steps(tmp_path, monke
     learned = a[25:]  # after 200 steps: two for each action of 4 environments
     assert (learned[:, 2:] == 0.9).all() and not (learned[:, :2] == 0.9).any()
     assert learned[:, :2].abs().max() < 0.9  # what the new network means, not a random action
+
+
+def test_workers_that_do_not_start_are_one_line(monkeypatch, capsys):
+    def refuse(*args, **kwargs):
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr("gymnasium.vector.AsyncVectorEnv", refuse)
+    with pytest.raises(SystemExit) as exit_:
+        make_envs(Args(num_envs=400), 400, 0)
+    error = capsys.readouterr().err
+    assert exit_.value.code == 2 and error.count("\n") == 1
+    assert "--num-envs 400" in error and "Too many open files" in error
 
 
 def test_compiled_updates_are_the_same(tmp_path, monkeypatch):
@@ -743,7 +760,7 @@ def test_nan_stops_the_run_and_leaves_the_last_checkpoint(tmp_path, random_clip)
         (["--track"], ["--track", "pip install wandb"]),
         (["--batch-size", "-1"], ["--batch-size -1"]),
         (["--total-timesteps", "0"], ["--total-timesteps 0"]),
-        (["--batch-size", "9000", "--buffer-size", "8000"], ["--batch-size 9000", "8000"]),
+        (["--reward", "env", "--goal", "a cat"], ["--goal a cat", "--reward env"]),
         (["--batch-size", "8", "--buffer-size", "32"], ["--buffer-size 32", "raise it to 48"]),
         (["--learning-starts", "-1"], ["--learning-starts -1"]),
         (["--task", "all", "--goal", "a robot"], ["--task all", "not together with --goal"]),
