@@ -175,6 +175,16 @@ def test_who_lets_go_steps_back(env):
     assert env.position == pytest.approx(back, abs=0.01)
 
 
+def test_what_is_let_go_lies_in_the_next_frame(env):
+    assert play(env, Goal("lift", "red", "ball"), seed=3)[-1]
+    held = env.toy_position(0)[2]
+    env.step(act("release"))
+    fallen = env.toy_position(0)[2]
+    for _ in range(8):
+        env.step(act("stay"))
+    assert fallen == pytest.approx(env.toy_position(0)[2], abs=0.03) and fallen < held - 0.1
+
+
 def test_an_episode_can_begin_on_the_way_with_the_toy_in_the_hand(env):
     place, lift = Goal("place", "blue", "block", "table"), Goal("lift", "blue", "block")
 
