@@ -67,6 +67,7 @@ for relation in RELATIONS:
 UNNAMED = [goals_of(family, HELDOUT_GOALS) for family in FAMILIES]
 # Those that a single cell is to be told by: the names, colours and kinds of "find"
 CELL_CHOICES = [0, len(FAMILIES), len(FAMILIES) + 1]
+LANDMARKS = list(FURNITURE)  # what else a cell is to be told by
 
 
 def caption(meaning: Meaning | None, rng: np.random.Generator) -> str:
@@ -76,6 +77,10 @@ def caption(meaning: Meaning | None, rng: np.random.Generator) -> str:
     words = [word for word in (meaning.colour, meaning.kind or "toy") if word]
     wording = str(rng.choice(WORDINGS[meaning.relation]))
     return rng.choice(SUBJECTS) + wording.format(toy=" ".join(["a", *words]))
+
+
+def landmark_caption(name: str, rng: np.random.Generator) -> str:
+    return f"{rng.choice(SUBJECTS)}a {name}"
 
 
 def truth_of(meaning: Meaning | None, truths: np.ndarray) -> np.ndarray:
@@ -89,7 +94,7 @@ def truth_of(meaning: Meaning | None, truths: np.ndarray) -> np.ndarray:
 
 
 def cell_truths(shares: np.ndarray) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
-    """What cells show, from the share of each toy colour, toy kind and place in them [n, S].
+    """What cells show, from the share of each toy colour, toy kind and landmark in them [n, S].
 
     For each of `CELL_CHOICES`: which of its captions is true of a cell, [n, C], and 1 [n] for a
     cell of which nothing is to be learned, as it shows several toys, the rim of one, or one that
@@ -149,7 +154,7 @@ class HomeStudio:
 
     def states(self, count: int, per_home: int = 25):
         """frames [n, H, W, 3] uint8, truths [n, R, C, K] float32, shares [n, S, 9, 9] float32: of
-        each cell's pixels, of each toy colour, toy kind and place."""
+        each cell's pixels, of each toy colour, toy kind and landmark."""
         shots = []
         while len(shots) < count:
             self.env.reset(seed=int(self.rng.integers(2**31)))
@@ -242,7 +247,7 @@ class HomeStudio:
         renderer.disable_segmentation_rendering()
         bodies = np.where(geoms >= 0, env.model.geom_bodyid[geoms], -1)
         truth = np.zeros((len(RELATIONS), len(COLOURS), len(KINDS)), np.float32)
-        pixels = np.zeros((len(COLOURS) + len(KINDS) + len(PLACES), CELLS**2))
+        pixels = np.zeros((len(COLOURS) + len(KINDS) + len(LANDMARKS), CELLS**2))
         for toy, (colour, kind) in enumerate(env.toys):
             c, k = list(COLOURS).index(colour), KINDS.index(kind)
             its = bodies == env._toy_bodies[toy].id
@@ -265,8 +270,8 @@ class HomeStudio:
                 truth[RELATIONS.index(place), c, k] = min(
                     self._lies(toy, place), soft(share, 0.001, 0.003)
                 )
-        for i, place in enumerate(PLACES):
-            its = bodies == env.model.body(place).id
+        for i, name in enumerate(LANDMARKS):
+            its = bodies == env.model.body(name).id
             pixels[len(COLOURS) + len(KINDS) + i] = self._in_cells(its)
         shares = pixels / np.bincount(self.cells.ravel())
         return frame, truth, shares.reshape(-1, CELLS, CELLS).astype(np.float32)

@@ -1,6 +1,7 @@
 """The bundled CLIP: what it promises, and that its captions keep the held-out sentences out."""
 
 import json
+import math
 import re
 import warnings
 from pathlib import Path
@@ -22,7 +23,17 @@ from clip_reward import CLIPReward
 import open_clip
 import torch
 import home_states
-from home_states import CELLS, CHOICES, COLOURS, HELDOUT_TOYS, KINDS, RELATIONS, UNNAMED, HomeStudio
+from home_states import (
+    CELLS,
+    CHOICES,
+    COLOURS,
+    HELDOUT_TOYS,
+    KINDS,
+    LANDMARKS,
+    RELATIONS,
+    UNNAMED,
+    HomeStudio,
+)
 from train_tiny_clip import (
     ARMS,
     ATTRIBUTES,
@@ -159,6 +170,21 @@ def test_cells_say_where_toys_are():
     assert shares.min() >= 0 and 0.5 < shares.max() <= 1
     found = truths[:, RELATIONS.index("find")].max((1, 2)) > 0.5
     assert found.any() and (colours[found][..., 2:7, 2:7].sum((1, 2, 3)) > 0).all()  # central
+
+
+def test_cells_say_where_landmarks_are():
+    studio = HomeStudio(144, seed=1)
+    for name in LANDMARKS:
+        studio.env.reset(seed=2)
+        x, y, _ = studio.env.furniture[name]
+        assert studio._stand_before(np.array([x, y]))
+        X, Y = studio.env.position
+        studio._stand(X, Y, math.atan2(y - Y, x - X))  # it is right ahead
+        share = studio._shoot()[2][-len(LANDMARKS) :][LANDMARKS.index(name)]
+        assert share[:, CELLS // 2].max() > 0.3
+        studio._stand(X, Y, math.atan2(Y - y, X - x))  # and behind the back
+        assert studio._shoot()[2][-len(LANDMARKS) :][LANDMARKS.index(name)].max() == 0
+    studio.env.close()
 
 
 def test_frames_that_do_not_divide_into_cells_are_refused_in_one_line():

@@ -864,6 +864,7 @@ def main(args: Args) -> None:
         meanings = home_states.sample_meanings(home_truths[index], count, rng)
         meanings += [meaning for choice in home_states.CHOICES for meaning in choice]
         captions = [home_states.caption(meaning, rng) for meaning in meanings]
+        captions += [home_states.landmark_caption(name, rng) for name in home_states.LANDMARKS]
         match = np.stack([home_states.truth_of(m, home_truths[index]) for m in meanings], 1)
         unnamed = np.zeros((size, len(home_states.CHOICES)), np.float32)
         for i, family in enumerate(home_states.UNNAMED):
@@ -902,19 +903,26 @@ def main(args: Args) -> None:
         right = ((logits > 0) == (match > 0.5))[(match < 0.2) | (match > 0.8)].float().mean()
         return loss, rho.mean(), right
 
-    def cell_losses(texts: Sequence[torch.Tensor], shown: np.ndarray) -> list[torch.Tensor]:
-        """Of the toys' names, colours and kinds: what each cell of the homes is told by, from the
-        embeddings of all choices and the shares [B, S, 9, 9]."""
+    def cell_losses(
+        texts: Sequence[torch.Tensor], shown: np.ndarray, homes: int
+    ) -> list[torch.Tensor]:
+        """Of the toys' names, colours and kinds, and of the landmarks: what each cell of the homes
+        is told by, from the embeddings of all choices and the shares [B, S, 9, 9]. Close-ups tear
+        a landmark into pieces, so those are told in the `homes` first images alone."""
         pool, x = visual.attnpool, features["cells"][-len(shown) :]
         x = F.normalize(pool.c_proj(pool.v_proj(x.movedim(1, -1))).float(), dim=-1)  # [B, h, w, D]
         # The last stage halves an odd map without its last row and column.
         seen = home_states.CELLS * 2 * x.shape[1] // features["map"].shape[-1]
         shares = F.adaptive_avg_pool2d(torch.from_numpy(shown)[..., :seen, :seen], x.shape[1:3])
-        truths = home_states.cell_truths(shares.movedim(1, -1).flatten(0, 2).numpy())
-        return [
-            softmax_loss(model.logit_scale.exp() * x.flatten(0, 2) @ texts[choice].T, *truth)
-            for choice, truth in truths.items()
+        shares, count = shares.movedim(1, -1).flatten(0, 2), homes * x[0, ..., 0].numel()
+        x = x.flatten(0, 2)  # [B h w, D]
+        losses = [
+            softmax_loss(model.logit_scale.exp() * x @ texts[choice].T, *truth)
+            for choice, truth in home_states.cell_truths(shares.numpy()).items()
         ]
+        share = shares[:count, -len(home_states.LANDMARKS) :]
+        loss, rho, _ = loss_of(x[:count] @ texts[-1].T, share)
+        return [*losses, loss + 1 - rho]
 
     mean, std = torch.tensor([OPENAI_DATASET_MEAN, OPENAI_DATASET_STD]).view(2, 1, 3, 1, 1)
     encode_image = torch.compile(model.encode_image) if args.compile else model.encode_image
@@ -972,7 +980,8 @@ def main(args: Args) -> None:
             log.append(f"loss {loss:.3f}, right {right:.3f}, rho {rho:.3f}, head {fit:.3f}")
             if i == 1:  # of homes: the choices follow the random captions
                 choices = [count, *map(len, home_states.CHOICES)]
-                logits = (model.logit_scale.exp() * cosine).split(choices, 1)[1:]
+                logits = model.logit_scale.exp() * cosine[:, : match.shape[1]]
+                logits = logits.split(choices, 1)[1:]
                 of_each = zip(logits, match.split(choices, 1)[1:], unnamed.T, strict=True)
                 losses = [softmax_loss(*each) for each in of_each]
                 families = losses[: len(home_states.UNNAMED)]
@@ -980,7 +989,8 @@ def main(args: Args) -> None:
                 total = total + (sum(families) + 3 * sum(rest) / len(rest)) / len(parts)
                 log.append("softmax " + ", ".join(f"{loss:.3f}" for loss in [*families, sum(rest)]))
                 if "cells" in features:
-                    losses = cell_losses(text_features[1].split(choices)[1:], shown)
+                    texts = text_features[1].split([*choices, len(home_states.LANDMARKS)])[1:]
+                    losses = cell_losses(texts, shown, sizes[1])
                     total = total + sum(losses) / len(parts)
                     log.append("cells " + ", ".join(f"{loss:.3f}" for loss in losses))
         if teacher is not None:
@@ -1019,7 +1029,7 @@ def softmax_loss(logits: torch.Tensor, match: torch.Tensor, unnamed: torch.Tenso
 
 def closeups(shares: torch.Tensor) -> list[np.ndarray]:
     """Where each kind of toy is seen well: state, row and column of the 3 x 3 cells that show the
-    most of it [n, 3]; from shares [n, S, 9, 9] of colours, kinds and places."""
+    most of it [n, 3]; from shares [n, S, 9, 9] of colours, kinds and landmarks."""
     kinds = shares[:, len(home_states.COLOURS) :][:, : len(home_states.KINDS)]
     seen = F.avg_pool2d(kinds, 3, 1)  # [n, K, 7, 7]
     best, cell = seen.flatten(2).max(-1)
