@@ -1284,16 +1284,16 @@ class CUDAGraph:
 
 class QNetwork(nn.Module):
     """Q(s, g, a) of what is seen [B, h, w, C k], the traces of the actions before [B, 27] and the
-    goal's text embedding [B, C] -> [B, 9].
+    text embeddings of the goal and of its landmark [B, 2, C] -> [B, 9].
 
-    Where is what the goal names? CLIP's answer is the product of the goal with each place. Half of
-    the other maps come from 1 x 1 filters that the goal writes.
+    Where is what they name? CLIP's answer is the product of the two with each cell. Half of the
+    other maps come from 1 x 1 filters that the goal writes.
     """
 
     def __init__(self, seen: torch.Tensor, goal_dim: int, maps: int = 8):
         super().__init__()
         _, height, width, channels = seen.shape
-        self.stem, similarities = None, channels // goal_dim
+        self.stem, similarities = None, 2 * channels // goal_dim
         if seen.dtype == torch.uint8:  # pixels, [B, H, W, 3 k]
             self.stem = nn.Sequential(
                 nn.Conv2d(channels, 32, 4, stride=4), nn.ReLU(),
@@ -1310,7 +1310,7 @@ class QNetwork(nn.Module):
 
     def forward(self, seen: torch.Tensor, traces: torch.Tensor, goal: torch.Tensor) -> torch.Tensor:
         scale = goal.shape[-1] ** 0.5
-        goal = goal * scale  # entries of about 1
+        texts, goal = goal, goal[:, 0] * scale  # entries of about 1
         if self.stem is None:
             x = seen.float() * scale
         else:
@@ -1321,7 +1321,7 @@ class QNetwork(nn.Module):
         maps = [F.relu(own), F.relu(self.common(cells))]
         if self.stem is None:
             frames = cells.unflatten(-1, (-1, goal.shape[-1]))  # [B, h w, k, C]
-            maps.append((frames @ goal[:, None, :, None])[..., 0] / scale)
+            maps.append((frames @ texts.mT[:, None]).flatten(2))
         x = torch.cat(maps, -1).unflatten(1, x.shape[1:3]).permute(0, 3, 1, 2)
         x = F.relu(self.convolution(x))
         x = F.relu(self.hidden(x.flatten(1)) + self.traces(traces))
@@ -1501,11 +1501,17 @@ def main() -> None:
         check(False, str(error))
     shared = clip.goal[: len(TRAIN_GOALS)].mean(0)  # what all prompts have in common
     text = F.normalize(clip.goal - shared, dim=-1)  # [240, D]
+    landmark = torch.zeros_like(text)  # the name of the place, of those that have one
+    for place in PLACES:
+        rows = torch.tensor([goal.place == place for goal in GOALS], device=device)
+        landmark[rows] = F.normalize(clip.encode_text(f"a {place}") - shared, dim=-1)
+    text = torch.stack([text, landmark], 1)  # [240, 2, D]
     train_goals, heldout_goals = goals_for(args, TRAIN_GOALS), goals_for(args, HELDOUT_GOALS)
 
     torch.manual_seed(args.seed)
     # The network sees CLIP's embeddings along the (at most 128) directions in which goals differ.
-    axes = torch.linalg.svd(text[: len(TRAIN_GOALS)], full_matrices=False).Vh[:128]
+    named = text[: len(TRAIN_GOALS)].flatten(0, 1)
+    axes = torch.linalg.svd(named, full_matrices=False).Vh[:128]
     projection = gather(axes.T.cpu())[0].to(device)  # [D, C], of one sign on all ranks
 
     def see(frames: np.ndarray) -> tuple[torch.Tensor, torch.Tensor | None]:

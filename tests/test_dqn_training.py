@@ -337,7 +337,7 @@ def test_the_network_depends_on_goal_traces_and_everything_seen(seen):
     torch.manual_seed(0)
     network = QNetwork(seen, 3)  # two frames
     traces = torch.rand(3, TRACES)
-    goal = torch.nn.functional.normalize(torch.randn(3, 3), dim=-1)
+    goal = torch.nn.functional.normalize(torch.randn(3, 2, 3), dim=-1)
     q = network(seen, traces, goal)
     assert q.shape == (3, len(ACTIONS))
     assert not torch.allclose(q, network(seen, traces, goal.flip(0)))
@@ -349,16 +349,16 @@ def test_the_network_depends_on_goal_traces_and_everything_seen(seen):
 
 
 def test_the_network_knows_without_training_where_the_goal_is():
-    """All that it makes of a cell, but for its filters, is the product with the goal."""
+    """All that it makes of a cell, but for its filters, is the products with the two texts."""
     torch.manual_seed(0)
     seen, traces = torch.randn(3, 5, 4, 6), torch.rand(3, TRACES)
-    goal = torch.nn.functional.normalize(torch.randn(3, 3), dim=-1)
+    goal = torch.nn.functional.normalize(torch.randn(3, 2, 3), dim=-1)
     network = QNetwork(seen, 3)
     for layer in (network.filters, network.common):
         torch.nn.init.zeros_(layer.weight)
         torch.nn.init.zeros_(layer.bias)
-    along = seen.unflatten(-1, (2, 3))
-    along = (along @ goal[:, None, None, :, None]) * goal[:, None, None, None]
+    span = torch.linalg.pinv(goal) @ goal  # [3, 3, 3], onto what the two texts span
+    along = seen.unflatten(-1, (2, 3)) @ span[:, None, None]
     assert torch.allclose(network(seen, traces, goal), network(along.flatten(-2), traces, goal))
     assert (network(seen, traces, goal) != network(seen, traces, goal.flip(1))).any(1).all()
 
@@ -566,6 +566,7 @@ def test_goals_are_told_apart_and_learned(tmp_path, monkeypatch, random_clip):
     text = CLIPReward(str(random_clip), [goal.prompt for goal in GOALS], "a room").goal
     text = torch.nn.functional.normalize(text - text[:TRAIN].mean(0), dim=-1)
     text = text[[GOALS.index(find), GOALS.index(lift)]] @ state["projection"]
+    text = torch.stack([text, torch.zeros_like(text)], 1)  # neither has a landmark
     env, right = PlayhouseEnv("rgb_array", width=48, height=48), 0
     for seed in range(20):
         frame, _ = env.reset(seed=10_000 + seed)
