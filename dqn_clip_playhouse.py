@@ -183,6 +183,10 @@ class Args:
     frame_stack: int = 1  # frames that the network sees
     policy_size: int = 48  # width and height in pixels of the frames, where it sees pixels
 
+    def __post_init__(self):
+        if os.path.isdir(self.clip_model):  # a resume from elsewhere finds it too
+            self.clip_model = os.path.abspath(self.clip_model)
+
 
 def check_args(args: Args) -> None:
     def require(name: str, condition: object, remedy: str) -> None:

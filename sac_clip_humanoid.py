@@ -176,6 +176,10 @@ class Args:
     hidden: int = 256  # units in each of the two hidden layers
     layer_norm: bool = False  # in the critics, against overestimated values
 
+    def __post_init__(self):
+        if os.path.isdir(self.clip_model):  # a resume from elsewhere finds it too
+            self.clip_model = os.path.abspath(self.clip_model)
+
 
 def check_args(args: Args) -> None:
     def require(name: str, condition: object, remedy: str) -> None:

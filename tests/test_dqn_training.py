@@ -417,6 +417,13 @@ def test_a_run_leaves_everything_it_promises(finished):
     assert rate == pytest.approx(Args().learning_rate * (1 - last_step / 1600))
 
 
+def test_a_clip_folder_is_found_from_any_directory(tmp_path, monkeypatch):
+    (tmp_path / "clip").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert Args(clip_model="clip").clip_model == str(tmp_path / "clip")
+    assert Args(clip_model="ViT-B-32/openai").clip_model == "ViT-B-32/openai"
+
+
 def test_training_moves_every_parameter(finished, random_clip):
     torch.manual_seed(1)
     start = QNetwork(torch.zeros(4, 2, 2, 64).half(), 64).state_dict()

@@ -696,6 +696,13 @@ def test_a_run_resumes_with_a_clip_that_was_moved(finished, tmp_path, monkeypatc
     assert args.clip_model == "here" and args.worker_timeout == 300
 
 
+def test_a_clip_folder_is_found_from_any_directory(tmp_path, monkeypatch):
+    (tmp_path / "clip").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert Args(clip_model="clip").clip_model == str(tmp_path / "clip")
+    assert Args(clip_model="ViT-B-32/openai").clip_model == "ViT-B-32/openai"
+
+
 def children(pid: int) -> list[int]:
     listing = Path(f"/proc/{pid}/task/{pid}/children").read_text()
     return [int(child) for child in listing.split()]
