@@ -184,9 +184,9 @@ class HomeStudio:
             self._stand(x, y, rng.uniform(-math.pi, math.pi))
         env._tilt = int(rng.choice([0, 1, 2], p=[0.35, 0.45, 0.2]))
         if kind == "held":
-            if rng.random() < 0.4:  # over a piece of furniture, as before a release
+            if rng.random() < 0.7:  # on the way to a place, as often before the release
                 x, y, _ = env.furniture[place]
-                self._stand_before(np.array([x, y]))
+                self._stand_before(np.array([x, y]), far=rng.choice([1.7, 4.0]))
             env.held = toy
             env._solid(toy, False)
             env._carry()
@@ -201,11 +201,11 @@ class HomeStudio:
         self.env.data.qvel[:] = 0
         mujoco.mj_forward(self.env.model, self.env.data)
 
-    def _stand_before(self, target: np.ndarray) -> bool:
+    def _stand_before(self, target: np.ndarray, far: float = 1.7) -> bool:
         """At a free spot near the target, more or less facing it."""
         env, rng = self.env, self.rng
         for _ in range(20):
-            distance, angle = rng.uniform(0.35, 1.7), rng.uniform(-math.pi, math.pi)
+            distance, angle = rng.uniform(0.35, far), rng.uniform(-math.pi, math.pi)
             x, y = target + distance * np.array([math.cos(angle), math.sin(angle)])
             inside = env.west + 0.2 < x < env.east - 0.2 and env.south + 0.2 < y < env.north - 0.2
             if inside and all(
