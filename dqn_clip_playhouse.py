@@ -1505,7 +1505,7 @@ def main() -> None:
         check(False, str(error))
     shared = clip.goal[: len(TRAIN_GOALS)].mean(0)  # what all prompts have in common
     text = F.normalize(clip.goal - shared, dim=-1)  # [240, D]
-    landmark = torch.zeros_like(text)  # the name of the place, of those that have one
+    landmark = torch.zeros_like(text)  # the name of the goal's place, if it has one
     for place in PLACES:
         rows = torch.tensor([goal.place == place for goal in GOALS], device=device)
         landmark[rows] = F.normalize(clip.encode_text(f"a {place}") - shared, dim=-1)
@@ -1513,7 +1513,7 @@ def main() -> None:
     train_goals, heldout_goals = goals_for(args, TRAIN_GOALS), goals_for(args, HELDOUT_GOALS)
 
     torch.manual_seed(args.seed)
-    # The network sees CLIP's embeddings along the (at most 128) directions in which goals differ.
+    # The network sees CLIP's embeddings along the (at most 128) directions in which these differ.
     named = text[: len(TRAIN_GOALS)].flatten(0, 1)
     axes = torch.linalg.svd(named, full_matrices=False).Vh[:128]
     projection = gather(axes.T.cpu())[0].to(device)  # [D, C], of one sign on all ranks
