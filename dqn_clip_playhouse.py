@@ -22,7 +22,7 @@ import signal
 import sys
 import threading
 import time
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -93,7 +93,7 @@ class Args:
     seed: int = 1  # of networks, exploration, replay and every home
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where CLIP, networks and replay live; auto takes CUDA if there is one"""
-    total_timesteps: int = 600_000  # environment steps, over all environments of all ranks
+    total_timesteps: int = 800_000  # environment steps, over all environments of all ranks
     num_envs: int = 16  # worker processes of each rank, one home in each
     eval_every: int = 32_000
     """env steps between evaluations and videos; running episodes are cut short there"""
@@ -175,8 +175,8 @@ class Args:
     """of the softmax over log Q that draws the actions, in evaluations too: who cannot see all and
     always takes the best would repeat itself for ever (towards 0 it becomes the argmax)"""
     relabel_fraction: float = 0.5
-    """share of the sampled transitions that are trained, where there is one, for another goal that
-    is reached then or later in their episode; 0 is the paper"""
+    """share of the sampled transitions that are drawn from the way to what an episode reached, of
+    each family alike, and trained for that; 0 is the paper"""
     policy_input: Literal["clip", "pixels"] = "clip"
     """what the network sees of a frame: CLIP's embeddings of up to 8 x 8 cells of it, or small
     pixels (the paper's)"""
@@ -378,7 +378,7 @@ FURNITURE = {
         *(((0.02, 0.02, 0.12), (x, y, 0.12), 0.7) for x in (-0.17, 0.17) for y in (-0.17, 0.17)),
     ]),
 }  # fmt: skip
-# Where toys lie on it: height, half the width, and the middle towards the back.
+# Where toys lie on it: height, half the width, and how far behind its middle (< 0: in front).
 SURFACES = {"bed": (0.33, 0.3, -0.34), "table": (0.425, 0.3, 0.0), "sofa": (0.28, 0.27, -0.12)}
 
 
@@ -442,7 +442,7 @@ class PlayhouseEnv(gym.Env):
     ## Arguments
     | Parameter         | Default       | Description                                          |
     | ----------------- | ------------- | ---------------------------------------------------- |
-    | `goals`           | `TRAIN_GOALS` | what an episode's goal is drawn from: first a family |
+    | `goals`           | `TRAIN_GOALS` | what an episode's goal is drawn from                 |
     | `all_goals`       | `False`       | report the truth of every goal, in `info["reached"]` |
     | `width`, `height` | 144           | size of the frame in pixels                          |
 
@@ -451,9 +451,9 @@ class PlayhouseEnv(gym.Env):
     `p`, somewhere on the way to the place, with the toy in the hand.
 
     `info["goal"]` is the goal's index in `GOALS`, and `info["success"]` says whether the
-    simulator's state is one of the goal: a toy is *found* when it is within 1.2 m, in the middle of
-    the view and not hidden, *lifted* when it is in the hand, and *placed* when it is not in the
-    hand and rests on the bed or the table, or in the toy box.
+    simulator's state is one of the goal: a toy is *lifted* when it is in the hand. Out of it, the
+    toy is *found* when it is within 1.2 m, in the middle of the view and not hidden, and *placed*
+    when it rests on the bed or the table, or in the toy box.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 10}
@@ -512,8 +512,8 @@ class PlayhouseEnv(gym.Env):
         self.west, self.east = -rng.uniform(2.6, 3.2), rng.uniform(2.6, 3.2)
         self.south, self.north = np.array([-0.5, 0.5]) * rng.uniform(2.8, 3.4)
         door = rng.uniform(self.south + 0.9, self.north - 0.9)
-        self._doorway = 0.0, door, 0.75, 0.6  # a rectangle: centre and half sizes
-        self.obstacles = []  # and more of them
+        self._doorway = 0.0, door, 0.75, 0.6  # x, y and half sizes of what stays free
+        self.obstacles = []  # likewise, of walls and furniture
 
         def box(x0, x1, y0, y1, z0, z1, rgb, solid=True):
             spec.worldbody.add_geom(
@@ -636,9 +636,6 @@ class PlayhouseEnv(gym.Env):
         super().reset(seed=seed)
         rng, options = self.np_random, options or {}
         goals = options.get("goals", self.goals)
-        families = sorted({goal.family for goal in goals})
-        family = families[int(rng.integers(len(families)))]
-        goals = [goal for goal in goals if goal.family == family]
         drawn = goals[int(rng.integers(len(goals)))]  # even if it is given: a seed is a home
         self.goal = options.get("goal", drawn)
         if self.goal not in GOALS:
@@ -944,6 +941,13 @@ def tour(path: Path, seed: int) -> list[str]:
     return missed
 
 
+def evenly(goals: Sequence[Goal]) -> list[Goal]:
+    """With some repeated, so that each family is drawn as often as another."""
+    sizes = Counter(goal.family for goal in goals)
+    most = max(sizes.values())
+    return [goal for goal in goals for _ in range(most // sizes[goal.family])]
+
+
 def goals_for(args: Args, goals: Sequence[Goal]) -> list[Goal]:
     return [goal for goal in goals if args.family in ("all", goal.family)]
 
@@ -952,8 +956,8 @@ def draw_one_frame() -> None:
     """In a process of its own: a broken GL may crash or hang it."""
     try:
         PlayhouseEnv("rgb_array").reset()
-    except Exception:  # whatever the GL library raises; the parent names the remedy
-        raise SystemExit(1) from None
+    except Exception as error:  # whatever the GL library raises; the parent names the remedy
+        raise SystemExit(f"{type(error).__name__}: {error}") from None
 
 
 def make_envs(args: Args, num_envs: int, size: int) -> gym.vector.AsyncVectorEnv:
@@ -1024,7 +1028,7 @@ TRAINING, SELECTION, REPORT, CALIBRATION, NOISE = range(5)  # uses of --seed, ea
 
 
 def reset_seed(*key: int) -> int:
-    """32 bits from (seed, use, environment or rank, episode)."""
+    """32 bits from --seed, the use, and what counts within it."""
     return int(np.random.SeedSequence(key).generate_state(1)[0])
 
 
@@ -1092,9 +1096,9 @@ def remember(traces: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
 
 def atomic_save(state: dict, path: Path) -> None:
     """A file that is there is whole, wherever the run was killed."""
-    part = path.with_suffix(".part")
-    torch.save(state, part)
-    os.replace(part, path)
+    unfinished = path.with_suffix(".part")
+    torch.save(state, unfinished)
+    os.replace(unfinished, path)
 
 
 class Replay:
@@ -1102,25 +1106,26 @@ class Replay:
 
     Environments are reset only between blocks, so that within one s' is simply the next frame, and
     goal and episode are constant. Each step keeps its scores for all training goals. Step t,
-    counted from the run's first, is row t % K of block t // K, which lies at slot t // K % C.
+    counted from the run's first, is row t % K of block t // K, which lies at slot t // K % M.
     """
 
     def __init__(self, capacity: int, steps: int, seen: torch.Tensor, stack: int, device: str):
         """`seen` [N, h, w, C]: like what N environments see, of which a state stacks some."""
         K, N = steps, len(seen)
-        self.blocks = C = capacity // (N * K)
+        self.slots = M = capacity // (N * K)
         self.num_envs, self.steps, self.stack, self.device = N, K, stack, device
         self.head = 0  # the next block
-        families = torch.tensor([FAMILIES.index(goal.family) for goal in TRAIN_GOALS])
-        self.family = F.one_hot(families).float().to(device)  # [190, 3]
+        columns = COLUMNS["train"].values()  # of each family's goals
+        self.columns = [torch.tensor(goals, device=device) for goals in columns]
         rings = {
-            "seen": ((C, K + 1, *seen.shape), seen.dtype),
-            "action": ((C, K, N), torch.uint8),
-            "traces": ((C, K, N, TRACES), torch.float16),  # of the actions before
-            "score": ((C, K, N, len(TRAIN_GOALS)), torch.float32),
-            "goal": ((C, N), torch.int64),
-            "age": ((C, N), torch.int64),  # steps of the episode before the block
-            "last": ((C, N), torch.int64),  # the last block of the same episode, so far
+            "seen": ((M, K + 1, *seen.shape), seen.dtype),
+            "action": ((M, K, N), torch.uint8),
+            "traces": ((M, K, N, TRACES), torch.float16),  # of the actions before
+            "score": ((M, K, N, len(TRAIN_GOALS)), torch.float32),
+            "goal": ((M, N), torch.int64),
+            "age": ((M, N), torch.int64),  # steps of the episode before the block
+            "last": ((M, N), torch.int64),  # the last block of the same episode, so far
+            "arrival": ((M, K, N, len(FAMILIES)), torch.int64),  # 1 + a goal that begins to hold
         }
         need = sum(math.prod(shape) * dtype.itemsize for shape, dtype in rings.values())  # bytes
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // LOCAL_WORLD_SIZE
@@ -1133,15 +1138,32 @@ class Replay:
         )
         self.data = {k: torch.zeros(s, dtype=t, device=device) for k, (s, t) in rings.items()}
 
-    def add(self, **block: torch.Tensor) -> None:
+    def add(self, beta: torch.Tensor, **block: torch.Tensor) -> None:
         """seen [K + 1, N, h, w, C], action [K, N], traces [K, N, 27], score [K, N, 190], goal [N],
-        age [N]."""
+        age [N]; a goal is reached where its score exceeds beta [240]."""
+        d, slot = self.data, self.head % self.slots
         for name, value in block.items():
-            self.data[name][self.head % self.blocks] = value
+            d[name][slot] = value
         # All blocks of the running episodes now have this one as their last.
-        ago = (self.head - torch.arange(self.blocks, device=self.device)) % self.blocks  # [C]
-        self.data["last"][ago[:, None] * self.steps <= block["age"]] = self.head
+        ago = (self.head - torch.arange(self.slots, device=self.device)) % self.slots  # [M]
+        d["last"][ago[:, None] * self.steps <= block["age"]] = self.head
+        before = d["score"][slot - 1, -1].where(block["age"][:, None] > 0, -math.inf)  # [N, 190]
+        before = torch.cat([before[None], block["score"][:-1]])
+        needed = beta[: len(TRAIN_GOALS)]
+        new = block["score"].where((block["score"] > needed) & (before <= needed), -math.inf)
+        for family, columns in enumerate(self.columns):
+            score, best = new[..., columns].max(-1)  # [K, N]
+            d["arrival"][slot, ..., family] = torch.where(score.isfinite(), 1 + columns[best], 0)
         self.head += 1
+        self._list_arrivals()
+
+    def _list_arrivals(self) -> None:
+        """[E, 4]: slot, step in its block, environment, and family; and the chance to draw each."""
+        there = self.data["arrival"] > 0
+        there[self.head % self.slots] = False  # the oldest block is not sampled
+        self.arrivals = there.nonzero()
+        family = self.arrivals[:, 3]
+        self.chances = (1 / family.bincount(minlength=len(FAMILIES)))[family]
 
     def sample(self, batch_size: int, beta: torch.Tensor, relabel: float, n_step: int, generator):
         """Transitions of `n_step` steps, fewer where the goal is reached or the episode ends.
@@ -1150,33 +1172,29 @@ class Replay:
         the number of steps from s to s' [B]; the goal [B]. A state is what is seen [B, h, w, C k]
         and the traces of the actions before it [B, 27].
         """
-        d, C, K = self.data, self.blocks, self.steps
+        d, M, K = self.data, self.slots, self.steps
         random = {"generator": generator, "device": self.device}
-        oldest = max(0, self.head - C + 1)  # whose scores and frames reach back into the one before
+        oldest = max(0, self.head - M + 1)  # whose scores and frames reach back into the one before
         t = oldest * K + torch.randint((self.head - oldest) * K, (batch_size,), **random)
         i = torch.randint(self.num_envs, (batch_size,), **random)  # the environment
-        slot = t // K % C
-        goal, age = d["goal"][slot, i], d["age"][slot, i] + t % K
-        left = (d["last"][slot, i] + 1) * K - t  # steps of the episode, this one included
-        if relabel > 0:
-            # Hindsight: another goal, which step t or one of 7 random later ones of the episode
-            # reaches, and which was not reached before t: there an episode of its own would have
-            # ended. A first frame has no scores; those of the next one stand in for them.
-            u = torch.rand((batch_size, 8), **random)
-            u[:, 0] = 0
-            moments = t[:, None] + (u * left[:, None]).long()  # [B, 8]
-            before = t - (age > 0).long()
-            scores = self._at("score", moments, i[:, None]).amax(1)  # [B, 190]
-            needed = beta[: scores.shape[1]]
-            offered = (scores > needed) & (self._at("score", before, i) <= needed)
-            use = torch.rand(batch_size, **random) < relabel
-            use &= offered.any(1)
-            offered[~use, 0] = True  # multinomial wants something to draw from
-            # First a family, as a home draws its goal: most toys are only found, on the way.
-            rivals = offered.float() @ self.family @ self.family.mT  # [B, 190], of a goal's family
-            chances = offered / rivals.clamp(min=1)
-            pick = torch.multinomial(chances, 1, generator=generator)[:, 0]
-            goal = torch.where(use, pick, goal)
+        goal = d["goal"][t // K % M, i]
+        if relabel > 0 and len(self.arrivals):
+            # Hindsight: first a family, as most toys are only found; then a step at which one of
+            # its goals was reached, and a step of the same episode on the way to it.
+            drawn = self.chances.multinomial(batch_size, replacement=True, generator=generator)
+            slot, k, env, family = self.arrivals[drawn].unbind(1)
+            reached = d["arrival"][slot, k, env, family] - 1
+            age = d["age"][slot, env] + k
+            back = (torch.rand(batch_size, **random) * (age + 1)).long()
+            way = self.head - 1 - (self.head - 1 - slot) % M  # the block's number
+            way = (way * K + k - back).clamp(min=oldest * K)
+            # Where it held already an episode of its own would have ended. A first frame has no
+            # scores; those of the next one stand in for them.
+            before = way - (back < age).long()
+            use = self._at("score", before, env, reached) <= beta[reached]
+            use &= torch.rand(batch_size, **random) < relabel
+            t, i, goal = (torch.where(use, *x) for x in ((way, t), (env, i), (reached, goal)))
+        left = (d["last"][t // K % M, i] + 1) * K - t  # steps of the episode, this one included
         ahead = torch.arange(n_step, device=self.device)
         times = t[:, None] + torch.minimum(ahead, left[:, None] - 1)  # [B, n_step]
         reached = self._at("score", times, i[:, None], goal[:, None]) > beta[goal][:, None]
@@ -1188,27 +1206,27 @@ class Replay:
         return s, self._at("action", t, i).long(), r.float(), s_next, end + 1 - t, goal
 
     def _at(self, name: str, t: torch.Tensor, *index: torch.Tensor) -> torch.Tensor:
-        return self.data[name][(t // self.steps % self.blocks, t % self.steps, *index)]
+        return self.data[name][(t // self.steps % self.slots, t % self.steps, *index)]
 
     def _frames(self, t: torch.Tensor, i: torch.Tensor, after: int) -> torch.Tensor:
         """The last frames of its episode before step t, with the one that follows it if `after`."""
         block, row = t // self.steps, t % self.steps + after
-        age = self.data["age"][block % self.blocks, i] + row
+        age = self.data["age"][block % self.slots, i] + row
         frames = []
         for back in range(self.stack - 1, -1, -1):
             j = row - age.clamp(max=back)
             # Row 0 is also the last one of the block before.
             b, j = torch.where(j < 0, block - 1, block), torch.where(j < 0, j + self.steps, j)
-            frames.append(self.data["seen"][b % self.blocks, j, i])
+            frames.append(self.data["seen"][b % self.slots, j, i])
         return torch.cat(frames, -1)
 
     def save(self, folder: Path, first: int) -> None:
         """Append blocks [first, head) as one file; what is on disk already is not written again."""
-        blocks = torch.arange(max(first, self.head - self.blocks), self.head) % self.blocks
-        part = {name: ring[blocks].cpu() for name, ring in self.data.items()}
-        atomic_save(part, folder / f"{first}-{self.head}.pt")
+        blocks = torch.arange(max(first, self.head - self.slots), self.head) % self.slots
+        chunk = {name: ring[blocks].cpu() for name, ring in self.data.items()}
+        atomic_save(chunk, folder / f"{first}-{self.head}.pt")
         for path in folder.glob("*-*.pt"):
-            if int(path.stem.split("-")[1]) <= first - self.blocks:  # not even last.pt needs it
+            if int(path.stem.split("-")[1]) <= first - self.slots:  # not even last.pt needs it
                 path.unlink()
 
     def load(self, folder: Path, head: int) -> None:
@@ -1218,13 +1236,14 @@ class Replay:
             if end > head:  # its checkpoint was never finished
                 ends[end].unlink()
                 continue
-            part = torch.load(ends[end], map_location=self.device, weights_only=True)
-            blocks = torch.arange(end - len(part["action"]), end)
+            chunk = torch.load(ends[end], map_location=self.device, weights_only=True)
+            blocks = torch.arange(end - len(chunk["action"]), end)
             for name, ring in self.data.items():
-                ring[blocks % self.blocks] = part[name]
-            filled += int((blocks >= head - self.blocks).sum())
+                ring[blocks % self.slots] = chunk[name]
+            filled += int((blocks >= head - self.slots).sum())
+        self._list_arrivals()
         check(
-            filled >= min(head, self.blocks),
+            filled >= min(head, self.slots),
             f"--resume {folder.parents[1]}: files are missing in its replay/; restore them",
         )
 
@@ -1290,8 +1309,9 @@ class QNetwork(nn.Module):
     """Q(s, g, a) of what is seen [B, h, w, C k], the traces of the actions before [B, 27] and the
     text embeddings of the goal and of its landmark [B, 2, C] -> [B, 9].
 
-    Where is what they name? CLIP's answer is the product of the two with each cell. Half of the
-    other maps come from 1 x 1 filters that the goal writes.
+    Where is what they name? CLIP's answer is the product of the two with each cell (not of pixels,
+    where the landmark has no part). Half of the other maps come from 1 x 1 filters that the goal
+    writes.
     """
 
     def __init__(self, seen: torch.Tensor, goal_dim: int, maps: int = 8):
@@ -1312,24 +1332,36 @@ class QNetwork(nn.Module):
         self.gate = nn.Linear(goal_dim, 256)
         self.head = nn.Linear(256, len(ACTIONS))
 
-    def forward(self, seen: torch.Tensor, traces: torch.Tensor, goal: torch.Tensor) -> torch.Tensor:
-        scale = goal.shape[-1] ** 0.5
-        texts, goal = goal, goal[:, 0] * scale  # entries of about 1
+    def forward(self, seen: torch.Tensor, traces: torch.Tensor, texts: torch.Tensor):
+        scale = texts.shape[-1] ** 0.5
+        goal = texts[:, 0] * scale  # entries of about 1
         if self.stem is None:
             x = seen.float() * scale
         else:
             x = self.stem(seen.permute(0, 3, 1, 2) / 255 - 0.5).permute(0, 2, 3, 1)
         cells = x.flatten(1, 2)  # [B, h w, C k]
         filters = self.filters(goal).unflatten(1, (-1, cells.shape[-1] + 1))
-        own = cells @ filters[..., :-1].mT / cells.shape[-1] ** 0.5 + filters[..., None, :, -1]
+        weight, bias = filters[..., :-1], filters[..., -1]  # [B, maps, C k], [B, maps]
+        own = cells @ weight.mT / cells.shape[-1] ** 0.5 + bias[:, None]
         maps = [F.relu(own), F.relu(self.common(cells))]
         if self.stem is None:
-            frames = cells.unflatten(-1, (-1, goal.shape[-1]))  # [B, h w, k, C]
-            maps.append((frames @ texts.mT[:, None]).flatten(2))
+            frames = cells.view(len(cells), -1, goal.shape[-1])  # [B, h w k, C]
+            maps.append((frames @ texts.mT).view(len(cells), cells.shape[1], -1))
         x = torch.cat(maps, -1).unflatten(1, x.shape[1:3]).permute(0, 3, 1, 2)
         x = F.relu(self.convolution(x))
         x = F.relu(self.hidden(x.flatten(1)) + self.traces(traces))
         return self.head(x * torch.sigmoid(self.gate(goal)))
+
+
+def prompt_embeddings(clip: CLIPReward) -> torch.Tensor:
+    """Of each goal's prompt and of the name of its place, 0 if it has none: [240, 2, D], less what
+    all prompts have in common."""
+    shared = clip.goal[: len(TRAIN_GOALS)].mean(0)
+    names = clip.encode_text([f"a {place}" for place in PLACES])
+    places = [*PLACES, None]
+    landmarks = F.pad(F.normalize(names - shared, dim=-1), (0, 0, 0, 1))  # [4, D]
+    landmark = landmarks[[places.index(goal.place) for goal in GOALS]]
+    return torch.stack([F.normalize(clip.goal - shared, dim=-1), landmark], 1)
 
 
 def shrink(frames: np.ndarray, size: int, device) -> torch.Tensor:
@@ -1345,7 +1377,7 @@ def evaluate(
 ):  # fmt: skip
     """Play `episodes` to the time limit: `play(stack, traces, goal, scores, generator) -> action`,
     with what `judge(frames, embeddings, infos)` said of the last step of the last block, [N, 240],
-    or None: as in training, a goal's stage changes between blocks.
+    -inf before it: as in training, a goal's stage changes between blocks.
 
     An episode succeeds if the simulator's state is ever one of its goal; `clip_success(scores
     [T, N, 240], goal)`, if given, says whether CLIP thinks so. Returns the means over the episodes,
@@ -1356,13 +1388,14 @@ def evaluate(
     for first in range(0, episodes, envs.num_envs):
         seeds = [reset_seed(*key, first + i) for i in range(envs.num_envs)]
         with worker_failures(envs, "evaluation"):
-            envs.reset_async(seed=seeds, options={"goals": goals})
+            envs.reset_async(seed=seeds, options={"goals": evenly(goals)})
             frame, info = envs.reset_wait(timeout=args.worker_timeout)
         goal, success = torch.from_numpy(info["goal"]).to(device), np.zeros(envs.num_envs, bool)
         seen, _ = see(frame)
         stack = seen.repeat(1, 1, 1, args.frame_stack)
         traces = torch.zeros(envs.num_envs, TRACES, device=device)
-        frames, scores, judged, truncated = [frame[0].copy()], [], None, np.zeros(1, bool)
+        frames, scores, truncated = [frame[0].copy()], [], np.zeros(1, bool)
+        judged = torch.full((envs.num_envs, len(GOALS)), -math.inf, device=device)
         while not truncated.all():  # all at once
             a = play(stack, traces, goal, judged, generator)
             action = a.cpu().numpy()
@@ -1482,8 +1515,9 @@ def main() -> None:
         args.precision = "bf16" if has_bf16 else "fp32"
     # The workers are forked before this process touches CUDA, and never touch it themselves.
     envs = make_envs(args, args.num_envs, args.frame_size)
-    # A multiple of what the policy sees, if that is pixels: they are shrunk to it.
-    video_size = args.policy_size * math.ceil(VIDEO_SIZE / args.policy_size)
+    # Where the policy sees pixels, these are shrunk to its size, which must divide them.
+    unit = args.policy_size if args.policy_input == "pixels" else 1
+    video_size = unit * math.ceil(VIDEO_SIZE / unit)
     films = args.capture_video and RANK == 0 or args.evaluate is not None
     video_envs = make_envs(args, 1, video_size) if films else None
     if device == "cuda":
@@ -1503,17 +1537,11 @@ def main() -> None:
             clip.encode_maps(blank)
     except ValueError as error:
         check(False, str(error))
-    shared = clip.goal[: len(TRAIN_GOALS)].mean(0)  # what all prompts have in common
-    text = F.normalize(clip.goal - shared, dim=-1)  # [240, D]
-    landmark = torch.zeros_like(text)  # the name of the goal's place, if it has one
-    for place in PLACES:
-        rows = torch.tensor([goal.place == place for goal in GOALS], device=device)
-        landmark[rows] = F.normalize(clip.encode_text(f"a {place}") - shared, dim=-1)
-    text = torch.stack([text, landmark], 1)  # [240, 2, D]
+    text = prompt_embeddings(clip)  # [240, 2, D]
     train_goals, heldout_goals = goals_for(args, TRAIN_GOALS), goals_for(args, HELDOUT_GOALS)
 
     torch.manual_seed(args.seed)
-    # The network sees CLIP's embeddings along the (at most 128) directions in which these differ.
+    # The network sees CLIP's embeddings along the (at most 128) directions that the texts span.
     named = text[: len(TRAIN_GOALS)].flatten(0, 1)
     axes = torch.linalg.svd(named, full_matrices=False).Vh[:128]
     projection = gather(axes.T.cpu())[0].to(device)  # [D, C], of one sign on all ranks
@@ -1553,11 +1581,9 @@ def main() -> None:
         if args.reward == "env":
             return torch.from_numpy(np.stack([i["reached"] for i in infos])).to(device).float()
         if embeddings[0] is None:
-            frames = np.stack(frames)  # [T, N, H, W, 3]
-            s = clip.encode_frames(frames.reshape(-1, *frames.shape[2:]))
-            s = s.unflatten(0, frames.shape[:2])
+            s = clip.encode_frames(np.concatenate(frames)).unflatten(0, (len(frames), -1))
         else:
-            s = torch.stack(embeddings)
+            s = torch.stack(embeddings)  # [T, N, D]
         rewards = goal_baseline_reward(s, clip.goal, clip.baseline, args.alpha)
         return family_scores(rewards, temperature) if args.reward == "contrastive" else rewards
 
@@ -1571,11 +1597,10 @@ def main() -> None:
         scores, carried = after_stage_one(scores, beta, carried, stage_one)
         return scores.where(trained, -math.inf), carried
 
-    def pursued(goal: torch.Tensor, scores: torch.Tensor | None) -> torch.Tensor:
-        """What to go for [N] on the way to goals [N], after a step's scores [N, 240]."""
+    def pursued(goal: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """What to go for [N] on the way to goals [N], after a step's scores [N, 240]: the first
+        stage until that is reached."""
         stage = stage_one[goal]
-        if scores is None:
-            return stage
         return torch.where(scores.gather(1, stage[:, None])[:, 0] > beta[stage], goal, stage)
 
     def is_reached(scores: torch.Tensor, goal: torch.Tensor) -> np.ndarray:
@@ -1586,7 +1611,7 @@ def main() -> None:
     def policy(stack, traces, goal, generator: torch.Generator) -> torch.Tensor:
         """Actions [N], drawn from the softmax over log Q."""
         p = probabilities(q_network(stack, traces, text[goal] @ projection))
-        # As torch.multinomial, which would answer NaN with a traceback instead of stop_if_nan.
+        # The method of torch.multinomial, but NaN passes through it, for stop_if_nan to report.
         return (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1)
 
     def play(stack, traces, goal, scores, generator: torch.Generator) -> torch.Tensor:
@@ -1600,7 +1625,7 @@ def main() -> None:
         return is_reached(counted(scores, none_carried[: len(goal)])[0], goal).any(0)
 
     # ---- Evaluation
-    by_clip = None if args.reward == "env" else clip_success
+    by_clip = clip_success if args.reward != "env" else None
     assess = partial(evaluate, see=see, judge=judge, clip_success=by_clip, args=args, device=device)
 
     def adopt(state: dict, run: Path) -> None:
@@ -1617,6 +1642,7 @@ def main() -> None:
     def final_report(run: Path) -> None:
         """The best and the last agent, beside a random one, in unseen homes."""
         report, key = defaultdict(dict), (args.seed, REPORT)
+        # Of best.pt the random one needs only beta. Best comes last: the videos show it.
         for name, player in (("random", play_randomly), ("last", play), ("best", play)):
             file = "last.pt" if name == "last" else "best.pt"
             if not (run / file).exists():
@@ -1686,7 +1712,7 @@ def main() -> None:
 
     def save_checkpoint(name: str, ranks: list[dict]) -> None:
         state = {
-            "args": {**arguments, "resume": None, "evaluate": None},
+            "args": {**arguments, "resume": None},
             "q_network": q_network.state_dict(),
             "target": target.state_dict(),
             "optimizer": optimizer.state_dict(),
@@ -1725,8 +1751,8 @@ def main() -> None:
         clock = time.time()
 
     def update(seen, traces, a_t, r_t, seen_next, traces_next, n, e) -> dict[str, torch.Tensor]:
-        """One gradient step on a batch, with the goals' embeddings e [B, C]; returns the losses.
-        Its inputs are single tensors, as those of a CUDA graph have to be."""
+        """One gradient step on a batch, with the embeddings e [B, 2, C] of goals and landmarks;
+        returns the losses. Its inputs are single tensors, as those of a CUDA graph have to be."""
         s_t, s_next = (seen, traces), (seen_next, traces_next)
         with torch.no_grad():
             q_next = target(*s_next, e)  # [B, 9]
@@ -1748,7 +1774,7 @@ def main() -> None:
     # ---- Train
     threads, random = torch.get_num_threads(), {"generator": generator, "device": device}
     ended = np.ones(args.num_envs, bool)  # whose episode is over: all are to begin
-    seen = example.clone()  # [N, h, w, C]
+    seen = example  # [N, h, w, C]
     stack = seen.repeat(1, 1, 1, args.frame_stack)
     # Goals, and what is pursued now; whose action is random now, and which it is: drawn at the
     # start, then every --explore-steps.
@@ -1767,21 +1793,20 @@ def main() -> None:
     )
     while step < args.total_timesteps or pending:
         # ---- Reset
+        new = torch.from_numpy(ended).to(device)  # [N], whose episode begins with this step
         if ended.any():
             new_frame, new_goal = reset(ended)
-            new = torch.from_numpy(ended).to(device)
             seen[new], _ = see(new_frame[ended])
             stack[new] = seen[new].repeat(1, 1, 1, args.frame_stack)
             goal = torch.where(new, torch.from_numpy(new_goal).to(device), goal)
             pursuit = torch.where(new, stage_one[goal], pursuit)
-            traces[new], carried[new], starts = 0, False, new
-            age, ended = np.where(ended, 0, age), np.zeros_like(ended)
+            traces[new], carried[new], age[ended] = 0, False, 0
             lap("env")
 
         # ---- Act
         explored = (step - args.learning_starts) / args.epsilon_steps
         epsilon = 1 - (1 - args.epsilon_end) * min(max(explored, 0), 1)
-        redraw = starts | (torch.rand(args.num_envs, **random) < 1 / args.explore_steps)
+        redraw = new | (torch.rand(args.num_envs, **random) < 1 / args.explore_steps)
         explores = torch.rand(args.num_envs, **random) < epsilon
         exploring = torch.where(redraw, explores, exploring)
         uniform = torch.randint(len(ACTIONS), (args.num_envs,), **random)
@@ -1820,7 +1845,7 @@ def main() -> None:
         pending.append((before, traces, a, frame, s, info))
         stack = torch.cat([stack[..., seen.shape[-1] :], seen], -1)
         traces = remember(traces, a)
-        starts = torch.zeros_like(starts)
+        ended = np.zeros_like(ended)
         bar.update(stride)
         if len(pending) < args.score_every:
             continue
@@ -1836,6 +1861,7 @@ def main() -> None:
         # the hand is empty, and to drop the toy would seem to cost nothing.
         for_goal = torch.rand(args.num_envs, **random) < 0.5
         replay.add(
+            beta,
             seen=torch.stack([*befores, seen]),
             action=torch.stack(actions),
             traces=torch.stack(all_traces),
@@ -1860,7 +1886,8 @@ def main() -> None:
         lap("clip")
 
         # ---- Evaluate, log, save
-        if evaluates or saves or step // boundary % 50 == 0:
+        logs = saves or step // boundary % 50 == 0
+        if evaluates or logs:
             stop_if_nan("a network or loss", (*q_network.parameters(), *losses.values()))
         if evaluates and RANK == 0:  # the others wait in the next average or gather
             key = args.seed, SELECTION
@@ -1876,13 +1903,15 @@ def main() -> None:
                 best_success = selected
                 save_checkpoint("best.pt", ranks=[])
             lap("evaluate")
-        if saves or step // boundary % 50 == 0:
+        if logs:
             if RANK == 0:
-                scalars = {f"losses/{name}": value.item() for name, value in losses.items()}
-                scalars |= {name: np.mean(values) for name, values in finished.items() if values}
-                scalars |= {f"time/{k}": v / (step - first_step) for k, v in seconds.items()}
-                scalars |= {"charts/epsilon": epsilon}
-                scalars["charts/SPS"] = (step - first_step) / (time.time() - started)
+                scalars = {
+                    "charts/epsilon": epsilon,
+                    "charts/SPS": (step - first_step) / (time.time() - started),
+                    **{name: np.mean(values) for name, values in finished.items() if values},
+                    **{f"losses/{name}": value.item() for name, value in losses.items()},
+                    **{f"time/{k}": v / (step - first_step) for k, v in seconds.items()},
+                }
                 for name, value in scalars.items():
                     writer.add_scalar(name, value, step)
             finished.clear()

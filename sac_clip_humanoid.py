@@ -537,8 +537,8 @@ def draw_one_frame() -> None:
         env = HumanoidEnv(render_mode="rgb_array")
         env.reset()
         env.render()
-    except Exception:  # whatever the GL library raises; the parent names the remedy
-        raise SystemExit(1) from None
+    except Exception as error:  # whatever the GL library raises; the parent names the remedy
+        raise SystemExit(f"{type(error).__name__}: {error}") from None
 
 
 class ActionRepeat(gym.Wrapper):

@@ -35,6 +35,7 @@ from dqn_clip_playhouse import (  # first: it tells MuJoCo how to render
     Goal,
     NoRoom,
     PlayhouseEnv,
+    evenly,
     family_scores,
     scripted,
 )
@@ -78,7 +79,7 @@ def walk(job: tuple[int, np.random.SeedSequence]):
     rng = np.random.default_rng(seed)
     env = PlayhouseEnv("rgb_array", all_goals=True, width=size, height=size)
     goals = TRAIN_GOALS if rng.random() < 0.6 else HELDOUT_GOALS
-    env.reset(seed=int(rng.integers(2**31)), options={"goals": goals})
+    env.reset(seed=int(rng.integers(2**31)), options={"goals": evenly(goals)})
     solver = scripted(env, env.goal) if rng.random() < 0.5 else iter(())
     noise, frames, reached, in_view = rng.uniform(0, 0.3), [], [], []
     for step in range(MAX_STEPS):

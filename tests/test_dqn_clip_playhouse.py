@@ -1,6 +1,7 @@
 """The home: seeds, walls, grab and release, each goal on both sides, and a way to reach it."""
 
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from dqn_clip_playhouse import (  # first: it puts torch before the first GL con
     Goal,
     PlayhouseEnv,
     about_z,
+    evenly,
     main,
     scripted,
     tour,
@@ -124,6 +126,7 @@ def test_walls_and_furniture_stop_the_agent(env):
 
 def test_walking_turning_and_looking(env):
     env.reset(seed=1)
+    env.data.qpos[env._agent_qpos] = 0, env._doorway[1], 0  # nothing stands in a doorway
     yaw = lambda: env.data.qpos[env._agent_qpos[2]]
     start, angle = env.position.copy(), yaw()
     env.step(act("left"))
@@ -279,7 +282,7 @@ def test_goals_are_drawn_from_the_options_and_all_are_reported():
     env = PlayhouseEnv("rgb_array", all_goals=True)
     families = set()
     for seed in range(12):
-        frame, info = env.reset(seed=seed, options={"goals": HELDOUT_GOALS})
+        frame, info = env.reset(seed=seed, options={"goals": evenly(HELDOUT_GOALS)})
         assert GOALS[info["goal"]] in HELDOUT_GOALS
         families.add(GOALS[info["goal"]].family)
     assert families == {"find", "lift", "place"}
@@ -290,6 +293,20 @@ def test_goals_are_drawn_from_the_options_and_all_are_reported():
     assert info["success"] and info["reached"][GOALS.index(goal)]
     assert [env.in_goal_state(g) for g in GOALS] == info["reached"].tolist()
     env.close()
+
+
+@pytest.mark.parametrize("goals", [TRAIN_GOALS, HELDOUT_GOALS])
+def test_families_are_drawn_evenly_and_every_goal_is(goals):
+    drawn = evenly(goals)
+    assert set(drawn) == set(goals)
+    counts = Counter(goal.family for goal in drawn)
+    assert len(counts) == 3 and len(set(counts.values())) == 1, counts
+    repeats = Counter(drawn)
+    for family in counts:
+        assert len({repeats[goal] for goal in goals if goal.family == family}) == 1
+    assert evenly([goal for goal in goals if goal.family == "find"]) == [
+        goal for goal in goals if goal.family == "find"
+    ]
 
 
 def test_found_is_near_central_and_in_sight(env):

@@ -29,6 +29,7 @@ from dqn_clip_playhouse import (  # first: it puts torch before the first GL con
     evaluate,
     family_scores,
     main,
+    prompt_embeddings,
     random_play,
     remember,
     shrink,
@@ -36,6 +37,7 @@ from dqn_clip_playhouse import (  # first: it puts torch before the first GL con
 
 import numpy as np
 import torch
+from clip_reward import CLIPReward
 from whole_runs import kill_after_a_checkpoint, only_run, scalars, train
 
 TRAIN, ALL = len(TRAIN_GOALS), len(GOALS)
@@ -139,7 +141,7 @@ def test_an_evaluation_acts_on_what_was_judged_of_the_block_before():
 
     def play(stack, traces, goal, scores, generator):
         assert goal.tolist() == [0, TRAIN - 1]
-        asked.append((stack[0, 0, 0, 0].item(), None if scores is None else scores[0, 0].item()))
+        asked.append((stack[0, 0, 0, 0].item(), scores[0, 0].item()))
         return torch.tensor([3, 8])
 
     def by_clip(scores, goal):
@@ -153,7 +155,7 @@ def test_an_evaluation_acts_on_what_was_judged_of_the_block_before():
     means, film = evaluate(
         Recorder(), play, 2, (1,), goals, see, frame_numbers, by_clip, args, "cpu"
     )
-    assert asked == [(t, t // 4 * 4 or None) for t in range(100)]
+    assert asked == [(t, t // 4 * 4 if t >= 4 else -math.inf) for t in range(100)]
     first, second = TRAIN_GOALS[0].family, TRAIN_GOALS[-1].family
     assert means["success_rate"] == 0.5 and means["clip_success"] == 1
     assert means[f"success_rate_{first}"] == 1 and means[f"success_rate_{second}"] == 0
@@ -163,6 +165,9 @@ def test_an_evaluation_acts_on_what_was_judged_of_the_block_before():
 # ---- Replay -------------------------------------------------------------------------------------
 
 STEPS, ENVS = 4, 3
+
+
+BETA = torch.full((ALL,), 0.995)
 
 
 def fill(replay: Replay, blocks: int, seed: int = 0, first: int = 0):
@@ -196,7 +201,7 @@ def fill(replay: Replay, blocks: int, seed: int = 0, first: int = 0):
                 frame[n] = photograph(n, (n, episode[n]), int(age[n]) + k + 1)
             frames.append(torch.stack(frame))
         replay.add(
-            seen=torch.stack(frames), action=torch.stack(actions), traces=torch.stack(traces),
+            BETA, seen=torch.stack(frames), action=torch.stack(actions), traces=torch.stack(traces),
             score=torch.stack(scores), goal=torch.from_numpy(goal.copy()),
             age=torch.from_numpy(age.copy()),
         )  # fmt: skip
@@ -230,12 +235,12 @@ def number(pixel: torch.Tensor) -> int:
 def test_replay_returns_true_transitions_of_its_latest_blocks(blocks, stack, n_step):
     replay = Replay(50 * STEPS * ENVS, STEPS, PHOTOGRAPHS, stack, "cpu")
     numbers, steps = fill(replay, blocks)
-    beta = torch.full((ALL,), 0.995)
     generator = torch.Generator().manual_seed(0)
-    s, a, r, s_next, n, goal = replay.sample(4000, beta, 0.5, n_step, generator)
-    assert s[0].shape == (4000, 8, 8, 3 * stack) and s[0].dtype == torch.uint8
+    B = 12_000
+    s, a, r, s_next, n, goal = replay.sample(B, BETA, 0.5, n_step, generator)
+    assert s[0].shape == (B, 8, 8, 3 * stack) and s[0].dtype == torch.uint8
     own, reached_later, lengths, seen = 0, 0, set(), set()
-    for i in range(4000):
+    for i in range(B):
         key, at = numbers[number(s[0][i, 0, 0, -3:])]
         own_goal, episode = steps[key]
         seen.add((key, at))
@@ -262,7 +267,7 @@ def test_replay_returns_true_transitions_of_its_latest_blocks(blocks, stack, n_s
             assert not reached[max(at - 1, 0)]  # and did not hold already
             reached_later += 1
     assert lengths == set(range(1, n_step + 1))
-    assert 0.4 < own / 4000 < 0.6 and own + reached_later == 4000
+    assert 0.4 < own / B < 0.6 and own + reached_later == B
     everything = [(key, at) for key, (_, episode) in steps.items() for at in range(len(episode))]
     if blocks < 50:
         assert seen == set(everything)
@@ -274,16 +279,17 @@ def test_hindsight_draws_a_family_and_then_one_of_its_goals():
     replay = Replay(STEPS * ENVS * 2, STEPS, PHOTOGRAPHS, 1, "cpu")
     families = [goal.family for goal in TRAIN_GOALS]
     reached = [families.index("find") + i for i in range(20)] + [families.index("place")]
+    beta, generator = torch.full((ALL,), 0.5), torch.Generator().manual_seed(0)
     for block in range(2):
         score = torch.zeros(STEPS, ENVS, TRAIN)
-        score[..., reached] = float(block)  # all at once, in the second block
+        for n in range(ENVS):  # all at once, in the second block; but in only one home it is placed
+            score[..., n, reached if n == 1 else reached[n:-1]] = float(block)
         replay.add(
-            seen=PHOTOGRAPHS.expand(STEPS + 1, -1, -1, -1, -1),
+            beta, seen=PHOTOGRAPHS.expand(STEPS + 1, -1, -1, -1, -1),
             action=torch.zeros(STEPS, ENVS, dtype=torch.uint8),
             traces=torch.zeros(STEPS, ENVS, TRACES),
             score=score, goal=torch.full((ENVS,), 30), age=torch.full((ENVS,), STEPS * block),
         )  # fmt: skip
-    beta, generator = torch.full((ALL,), 0.5), torch.Generator().manual_seed(0)
     *_, goal = replay.sample(6000, beta, 1.0, 1, generator)
     goal = goal[goal != 30]
     places = (goal == reached[-1]).float().mean()
@@ -305,7 +311,7 @@ def test_replay_comes_back_from_its_files(tmp_path):
 
     def draw(replay):
         generator = torch.Generator().manual_seed(0)
-        s, a, r, s_next, n, goal = replay.sample(500, torch.full((ALL,), 0.995), 0.5, 3, generator)
+        s, a, r, s_next, n, goal = replay.sample(500, BETA, 0.5, 3, generator)
         return *s, a, r, *s_next, n, goal
 
     replay, saved = empty(), 0
@@ -361,6 +367,21 @@ def test_the_network_knows_without_training_where_the_goal_is():
     along = seen.unflatten(-1, (2, 3)) @ span[:, None, None]
     assert torch.allclose(network(seen, traces, goal), network(along.flatten(-2), traces, goal))
     assert (network(seen, traces, goal) != network(seen, traces, goal.flip(1))).any(1).all()
+
+
+def test_each_goal_comes_with_the_name_of_its_own_place():
+    clip = CLIPReward(ROOT / "tests/tiny_clip", [goal.prompt for goal in GOALS], "a room", 0.0)
+    embeddings = prompt_embeddings(clip)
+    assert embeddings.shape == (ALL, 2, clip.goal.shape[1])
+    shared = clip.encode_text([goal.prompt for goal in TRAIN_GOALS]).mean(0)
+    for goal, (own, landmark) in zip(GOALS, embeddings, strict=True):
+        e = clip.encode_text(goal.prompt)[0] - shared
+        assert torch.allclose(own, e / e.norm(), atol=1e-5)
+        if goal.family == "place":
+            e = clip.encode_text(f"a {goal.place}")[0] - shared
+            assert torch.allclose(landmark, e / e.norm(), atol=1e-5)
+        else:
+            assert not landmark.any()
 
 
 # ---- Whole runs ---------------------------------------------------------------------------------
@@ -512,12 +533,13 @@ def test_compiled_updates_are_the_same(tmp_path, random_clip, monkeypatch):
     assert result.returncode == 0, result.stderr
     same, expected = networks(only_run(tmp_path)), networks(only_run(tmp_path / "eager"))
     assert (expected["beta"] == 0.5).all()  # at this temperature the quantile is far below
-    for name, value in expected.items():
-        torch.testing.assert_close(same[name], value, atol=1e-4, rtol=1e-3)
     torch.manual_seed(1)
-    start = QNetwork(torch.zeros(4, 2, 2, 64).half(), 64).hidden.weight
-    change = (expected["q_network.hidden.weight"] - start).abs()
-    assert change.max() > 0.005 and change.median() < 0.01  # far more; and it did start there
+    start = QNetwork(torch.zeros(4, 2, 2, 64).half(), 64).state_dict()
+    for name, value in start.items():
+        # By their norms: Adam makes a step of the rounding where an element's gradient is zero.
+        change = expected[f"q_network.{name}"] - value
+        error = same[f"q_network.{name}"] - expected[f"q_network.{name}"]
+        assert 1e3 * error.norm() < change.norm() < 0.5 * value.norm()  # it did start there
 
 
 def test_nan_stops_the_run_in_one_line(tmp_path, random_clip):

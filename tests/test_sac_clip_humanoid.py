@@ -658,9 +658,11 @@ def test_compiled_updates_are_the_same(tmp_path, monkeypatch):
     torch.manual_seed(1)
     start = Actor(45, 17, 32).state_dict()
     for name, value in plain.items():
-        torch.testing.assert_close(same[name], value, atol=1e-3, rtol=1e-3)
-    change = (plain["actor.trunk.2.weight"] - start["trunk.2.weight"]).abs()
-    assert change.max() > 0.01 and change.median() < 0.05  # far more; and it did start there
+        # By their norms: Adam makes a step of the rounding where an element's gradient is zero.
+        assert (same[name] - value).norm() < 1e-3 * value.norm(), name
+    for name, value in start.items():
+        change = plain[f"actor.{name}"] - value
+        assert 0.1 * value.norm() < change.norm() < 0.5 * value.norm()  # it did start there
 
 
 def test_an_agent_can_be_replayed(finished):
