@@ -10,6 +10,7 @@ Learning" (arXiv 2310.12921); Baumli et al., "Vision-Language Models as a Source
 (arXiv 2312.09187).
 """
 
+import copy
 import difflib
 import logging
 import math
@@ -125,6 +126,19 @@ def fold_batch_norms(resnet: ModifiedResNet) -> None:
                 setattr(block, norm, torch.nn.Identity())
 
 
+def without_stride(layer: torch.nn.Sequential) -> torch.nn.Sequential:
+    """A ResNet's layer that keeps the size of its map, with the same weights: where it would have
+    halved it, the convolutions that follow are dilated (arXiv 1412.7062). Every second cell of
+    every second row is what the layer itself makes of its input."""
+    layer = copy.deepcopy(layer, memo={id(weight): weight for weight in layer.parameters()})
+    for pool in layer.modules():
+        if isinstance(pool, torch.nn.AvgPool2d):
+            pool.stride = 1
+    for block in layer[1:]:
+        block.conv2.padding = block.conv2.dilation = (2, 2)
+    return layer
+
+
 class CLIPReward(torch.nn.Module):
     """Scores frames against goal prompts: uint8 [B, H, W, 3] -> rewards [B, G], without gradient.
 
@@ -169,10 +183,10 @@ class CLIPReward(torch.nn.Module):
         self.temperature = 1 / self.clip.logit_scale.exp().item()  # of the loss it was trained with
         if isinstance(self.clip.visual, ModifiedResNet):
             fold_batch_norms(self.clip.visual)
+            self.dense_layer4 = without_stride(self.clip.visual.layer4)
         if compile:
             self.clip.visual.compile()
-            maps = self.clip.visual.forward_intermediates
-            self.clip.visual.forward_intermediates = torch.compile(maps)
+            self._tower_and_cells = torch.compile(self._tower_and_cells)
         words = Path(model) / "vocabulary.txt"
         self.vocabulary = set(words.read_text().split()) if words.is_file() else None
 
@@ -229,10 +243,6 @@ class CLIPReward(torch.nn.Module):
         image tower other than CLIP's ResNet or ViT.
         """
 
-        def tower(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            output = self.clip.forward_intermediates(images, image_indices=2)  # the last two layers
-            return output["image_features"], self._embed_cells(output["image_intermediates"][0])
-
         visual = self.clip.visual
         known = isinstance(visual, (ModifiedResNet, VisionTransformer))
         if not known or getattr(visual, "attn_pool", None) is not None:  # CoCa's ViT has one
@@ -240,24 +250,29 @@ class CLIPReward(torch.nn.Module):
                 f"--clip-model: this {type(visual).__name__} does not embed the cells of a frame; "
                 "take one with CLIP's ResNet or ViT, or --policy-input pixels"
             )
-        outputs = self._in_batches(tower, frames)
+        outputs = self._in_batches(self._tower_and_cells, frames)
         s, x = (torch.cat(parts).float() for parts in zip(*outputs, strict=True))
+        x = x.permute(0, 3, 1, 2)  # [B, D, h, w]
         x = F.adaptive_avg_pool2d(x, [min(side, length) for length in x.shape[-2:]])
         return F.normalize(s, dim=-1), F.normalize(x, dim=1).permute(0, 2, 3, 1)
 
-    def _embed_cells(self, x: torch.Tensor) -> torch.Tensor:
-        """What the image tower's last layer but one made of the cells, [B, C, h, w], through the
-        rest of the tower, but with attention from each cell to itself alone: [B, D, h, w]."""
+    def _tower_and_cells(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the image tower makes of images, [B, D], and of their cells [B, h, w, D], of which
+        each attends in the last layer to itself alone."""
         visual = self.clip.visual
         if isinstance(visual, ModifiedResNet):
-            # layer4 halves the map: run it from each cell of the first 2 x 2, and interleave
-            h, w = ((length - 1) // 2 * 2 for length in x.shape[-2:])
-            shifted = [visual.layer4(x[..., i : i + h, j : j + w]) for i in (0, 1) for j in (0, 1)]
-            x, pool = F.pixel_shuffle(torch.stack(shifted, 2).flatten(1, 2), 2), visual.attnpool
-            return pool.c_proj(pool.v_proj(x.movedim(1, -1))).movedim(-1, 1)
+            x = visual.layer3(visual.layer2(visual.layer1(visual.stem(images))))
+            x, pool = self.dense_layer4(x), visual.attnpool
+            # Two linear maps in a row, with no attention between them, are one.
+            weight = pool.c_proj.weight @ pool.v_proj.weight
+            cells = F.linear(x.permute(0, 2, 3, 1), weight, pool.c_proj(pool.v_proj.bias))
+            return pool(x[..., ::2, ::2]), cells
+        output = self.clip.forward_intermediates(images, image_indices=2)  # of the last two layers
+        x = output["image_intermediates"][0]  # [B, C, h, w]
         itself = torch.full([x[0, 0].numel()] * 2, -math.inf, device=x.device).fill_diagonal_(0)
         tokens = visual.transformer.resblocks[-1](x.flatten(2).mT, attn_mask=itself)
-        return (visual.ln_post(tokens) @ visual.proj).mT.unflatten(2, x.shape[-2:])
+        cells = (visual.ln_post(tokens) @ visual.proj).unflatten(1, x.shape[-2:])
+        return output["image_features"], cells
 
     @torch.no_grad()
     def _in_batches(self, tower: Callable, frames: np.ndarray | torch.Tensor) -> list:

@@ -1333,20 +1333,23 @@ class QNetwork(nn.Module):
         self.head = nn.Linear(256, len(ACTIONS))
 
     def forward(self, seen: torch.Tensor, traces: torch.Tensor, texts: torch.Tensor):
-        scale = texts.shape[-1] ** 0.5
-        goal = texts[:, 0] * scale  # entries of about 1
+        # Embeddings have unit norm. Entries of about 1 are learned from faster; what multiplies the
+        # cells is scaled for that, as there are far more of these.
+        unit = texts.shape[-1] ** 0.5
+        goal, scale = unit * texts[:, 0], 1.0
         if self.stem is None:
-            x = seen.float() * scale
+            x, scale = seen.float(), unit
         else:
             x = self.stem(seen.permute(0, 3, 1, 2) / 255 - 0.5).permute(0, 2, 3, 1)
         cells = x.flatten(1, 2)  # [B, h w, C k]
         filters = self.filters(goal).unflatten(1, (-1, cells.shape[-1] + 1))
         weight, bias = filters[..., :-1], filters[..., -1]  # [B, maps, C k], [B, maps]
-        own = cells @ weight.mT / cells.shape[-1] ** 0.5 + bias[:, None]
-        maps = [F.relu(own), F.relu(self.common(cells))]
+        own = cells @ (scale / cells.shape[-1] ** 0.5 * weight).mT + bias[:, None]
+        common = F.linear(cells, scale * self.common.weight, self.common.bias)
+        maps = [F.relu(own), F.relu(common)]
         if self.stem is None:
             frames = cells.view(len(cells), -1, goal.shape[-1])  # [B, h w k, C]
-            maps.append((frames @ texts.mT).view(len(cells), cells.shape[1], -1))
+            maps.append((frames @ (scale * texts).mT).view(len(cells), cells.shape[1], -1))
         x = torch.cat(maps, -1).unflatten(1, x.shape[1:3]).permute(0, 3, 1, 2)
         x = F.relu(self.convolution(x))
         x = F.relu(self.hidden(x.flatten(1)) + self.traces(traces))
