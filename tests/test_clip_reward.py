@@ -270,9 +270,24 @@ def test_forward_is_the_reward_of_the_embeddings(reward):
     assert (reward(frames) - expected).abs().max() < 2e-6
 
 
+def dense_layer4(layer: torch.nn.Sequential, x: torch.Tensor) -> torch.Tensor:
+    """The last stage of the bundled CLIP, two blocks with folded batch norms, without its stride:
+    [B, C, 9, 9] -> [B, C', 8, 8]."""
+    first, second = layer
+    squares = lambda x: sum(x[..., i : i + 8, j : j + 8] for i in (0, 1) for j in (0, 1)) / 4
+    y = first.conv3(squares(F.relu(first.conv2(F.relu(first.conv1(x))))))
+    x = F.relu(y + first.downsample[1](squares(x)))
+    around = F.pad(F.relu(second.conv1(x)), [2] * 4)
+    y = second.conv2.bias[:, None, None]
+    for i in range(3):
+        for j in range(3):  # the neighbours are two cells away
+            there = around[..., 2 * i : 2 * i + 8, 2 * j : 2 * j + 8]
+            y = y + torch.einsum("oc,bcyz->boyz", second.conv2.weight[..., i, j], there)
+    return F.relu(second.conv3(F.relu(y)) + x)
+
+
 @pytest.mark.parametrize("side", [8, 4])
 def test_maps_of_a_resnet_are_its_last_stage_without_stride_or_attention(side):
-    """Of the bundled one, whose last stage but one has 9 x 9 cells."""
     reward = CLIPReward(str(SCRIPT.parent / "tests" / "tiny_clip"), ["a red ball"], "a room")
     (frame,) = pictures((144, 144))
     changed = frame.copy()
@@ -286,12 +301,9 @@ def test_maps_of_a_resnet_are_its_last_stage_without_stride_or_attention(side):
         images = reward.preprocess(torch.from_numpy(frames))
         output = reward.clip.forward_intermediates(images, image_indices=2)
         x = output["image_intermediates"][0]
-        places = torch.zeros(2, 128, 8, 8)
-        for y in range(8):
-            for z in range(8):  # of a stage that starts there, the first cell
-                window = x[..., y % 2 : y % 2 + 8, z % 2 : z % 2 + 8]
-                features = visual.layer4(window)[..., y // 2, z // 2]
-                places[..., y, z] = visual.attnpool.c_proj(visual.attnpool.v_proj(features))
+        cells, pool = dense_layer4(visual.layer4, x), visual.attnpool
+        assert (cells[..., ::2, ::2] - visual.layer4(x)).abs().max() < 1e-5
+        places = pool.c_proj(pool.v_proj(cells.movedim(1, -1))).movedim(-1, 1)
     expected = F.normalize(F.adaptive_avg_pool2d(places, side), dim=1).permute(0, 2, 3, 1)
     assert (maps - expected).abs().max() < 1e-5
     other = (maps[0] - maps[1]).abs().amax(-1)  # [h, w]
