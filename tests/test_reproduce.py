@@ -65,6 +65,7 @@ def test_seeds_that_a_result_lacks_are_added_one_by_one(tmp_path, monkeypatch, c
     runs = [
         {"command": "python dice.py --seed 2", "clip": today},
         {"command": "python dice.py --sides 4 --seed 3", "clip": today},  # of other flags
+        {"command": "python dice.py --seed 2 --sides 4", "clip": today},
         {"command": "python dice.py --seed 1"},  # of before results told their CLIP
         {"command": "python dice.py --seed 3", "clip": "another"},
     ]
