@@ -65,6 +65,8 @@ GL_REMEDY = (
 )
 try:
     import mujoco
+except ModuleNotFoundError:  # no renderer's fault: it says what to install
+    raise
 except Exception as error:  # mujoco raises whatever its GL loader raised
     gl = os.environ.get("MUJOCO_GL", "")
     check(False, f"MUJOCO_GL={gl}: mujoco cannot load this renderer ({error}). {GL_REMEDY}")
@@ -78,7 +80,7 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 LOCAL_WORLD_SIZE = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # ranks on this machine
 FAMILIES = ("find", "lift", "place")
 MAX_STEPS = 100  # of an episode
-VIDEO_SIZE = 320  # pixels, at least
+VIDEO_SIZE = 320  # pixels
 
 
 @dataclass
@@ -91,18 +93,15 @@ class Args:
 
     exp_name: str = "dqn_clip_playhouse"  # name of the experiment, part of the run's folder
     seed: int = 1  # of networks, exploration, replay and every home
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """where CLIP, networks and replay live; auto takes CUDA if there is one"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # of CLIP, networks, replay; auto: CUDA if any
     total_timesteps: int = 800_000  # environment steps, over all environments of all ranks
     num_envs: int = 16  # worker processes of each rank, one home in each
-    eval_every: int = 32_000
-    """env steps between evaluations and videos; running episodes are cut short there"""
+    eval_every: int = 32_000  # env steps between evaluations; running episodes are cut short there
     eval_episodes: int = 48  # episodes of each evaluation during training
     final_episodes: int = 200
     """episodes for each row of the report at the end, in homes that selected nothing"""
-    checkpoint_every: int = 32_000
-    """env steps between checkpoints; running episodes are cut short there"""
-    capture_video: bool = True  # record an episode at each evaluation, at 320 pixels or a bit more
+    checkpoint_every: int = 32_000  # env steps between checkpoints; they cut episodes short too
+    capture_video: bool = True  # record an episode at each evaluation, at 320 pixels
     resume: Path | None = None  # a run's folder to continue, with the arguments it was started with
     evaluate: Path | None = None
     """a run's folder whose agents to replay, beside a random one, instead of training"""
@@ -122,8 +121,7 @@ class Args:
     """what is thresholded: the softmax over the family, the goal-baseline reward alone, or the
     truth from the simulator, to check the algorithm"""
     baseline: str = "a room"  # the baseline prompt; without effect at alpha 0
-    alpha: float = 0.0
-    """strength of the goal-baseline regularisation, from 0 (the paper) to 1"""
+    alpha: float = 0.0  # strength of the goal-baseline regularisation, from 0 (the paper) to 1
     temperature: float | None = None
     """of the softmax over the goals of a family; unset, the CLIP's own"""
     beta: float | None = None
@@ -148,8 +146,8 @@ class Args:
     compile: bool = False
     """torch.compile CLIP's image tower and the updates, which on CUDA become one CUDA graph"""
     score_every: int = 4
-    """steps of all environments that make one block: episodes end, or go on from lifting to
-    placing, only after it; where the policy sees pixels, its frames are one CLIP batch"""
+    """steps of all environments in a block: only at its end do episodes end, or turn from lifting
+    to placing; where the policy sees pixels, CLIP scores a block at once"""
 
     # ---- Algorithm
 
@@ -196,8 +194,9 @@ def check_args(args: Args) -> None:
                  "checkpoint_every", "frame_size", "score_every", "buffer_size", "batch_size",
                  "updates_per_step", "learning_rate", "target_every", "policy_temperature",
                  "epsilon_steps", "n_step", "calibration_episodes", "frame_stack", "policy_size",
-                 "worker_timeout"):  # fmt: skip
-        require(name, 0 < getattr(args, name) < math.inf, "must be finite and greater than 0")
+                 "worker_timeout", "temperature"):  # fmt: skip
+        value = getattr(args, name)
+        require(name, value is None or 0 < value < math.inf, "must be finite and greater than 0")
     for name in ("alpha", "false_positive_rate", "epsilon_end", "relabel_fraction", "in_hand"):
         require(name, 0 <= getattr(args, name) <= 1, "must lie between 0 and 1")
     require("seed", 0 <= args.seed < 2**63, "must be at least 0 and less than 2**63")
@@ -205,28 +204,22 @@ def check_args(args: Args) -> None:
     require("explore_steps", args.explore_steps >= 1, "must be at least 1")
     require("learning_starts", args.learning_starts >= 0, "must be at least 0")
     check(args.baseline.strip(), f"--baseline {args.baseline!r}: write a sentence")
-    own = args.temperature is None
-    remedy = "must be finite and greater than 0; leave it out to take the CLIP's own"
-    require("temperature", own or 0 < args.temperature < math.inf, remedy)
     require("beta", args.beta is None or math.isfinite(args.beta), "must be finite")
-    labels = args.beta is None and args.reward != "env" or not args.calibrate_with_labels
-    require("calibrate_with_labels", labels, "not together with --beta or --reward env")
+    calibrates = args.beta is None and args.reward != "env"
+    remedy = "not together with --beta or --reward env"
+    require("calibrate_with_labels", calibrates or not args.calibrate_with_labels, remedy)
     divides = MAX_STEPS % args.score_every == 0
     require("score_every", divides, f"must divide the {MAX_STEPS} steps of an episode")
-    divides = args.policy_size % 8 == 0 and args.frame_size % args.policy_size == 0
-    divides |= args.policy_input == "clip"  # it has no effect then
-    remedy = f"must be a multiple of 8 that divides --frame-size {args.frame_size}"
-    require("policy_size", divides, remedy)
-    remedy = f"must be at most --score-every {args.score_every}"
-    require("frame_stack", args.frame_stack <= args.score_every, remedy)
-    least = 0 if args.evaluate else MAX_STEPS * args.num_envs
-    remedy = f"holds fewer than two episodes of each environment; raise it to {2 * least}"
-    require("buffer_size", args.buffer_size >= 2 * least, remedy)
-    least *= WORLD_SIZE
+    require("policy_size", args.policy_size % 8 == 0, "must be a multiple of 8")
+    episode = 0 if args.evaluate else MAX_STEPS * args.num_envs
+    remedy = f"holds fewer than two episodes of each environment; raise it to {2 * episode}"
+    require("buffer_size", args.buffer_size >= 2 * episode, remedy)
+    least = episode * WORLD_SIZE
     for name in ("eval_every", "checkpoint_every"):
         remedy = f"cuts every episode of {MAX_STEPS} steps short; raise it to {least}"
         require(name, getattr(args, name) >= least, remedy)
-    wandb = importlib.util.find_spec("wandb")
+    # W&B leaves a folder of its name behind, which Python takes for a package without an origin.
+    wandb = getattr(importlib.util.find_spec("wandb"), "origin", None)
     require("track", wandb or args.evaluate or not args.track, "no wandb here; pip install wandb")
     alone = WORLD_SIZE == 1 or not (args.evaluate or args.tour)
     check(alone, "--evaluate, --tour: start them without torchrun")
@@ -383,11 +376,11 @@ SURFACES = {"bed": (0.33, 0.3, -0.34), "table": (0.425, 0.3, 0.0), "sofa": (0.28
 
 
 EYE, RADIUS = 0.75, 0.2  # m: height of the eye; radius of the body
-HAND = 0.5, 0.55  # m: ahead of the middle of the body, and over the floor
+HAND_AHEAD, HAND_HEIGHT = 0.5, 0.55  # m, from the middle of the body, and over the floor
 STRIDE, TURN = 0.2, math.radians(25)  # of one step
 APART = 1.5  # m, at least, from the start to the goal's toy, or a random walk finds it
 TILTS = tuple(math.radians(degrees) for degrees in (-50, -25, 0))  # of the view
-GRAB_FROM, RELEASE_FROM = (0.4, 0.9), (0.42, 0.58)  # m on the floor, for a sure success
+GRAB_FROM, RELEASE_FROM = (0.4, 0.9), (0.42, 0.58)  # m on the floor: where scripted() does it
 TOY_GROUP = 1  # of the geoms of toys and the agent, which rays ignore
 REACH = 1.2  # m from the eye: what can be grabbed
 NEAR, SEEN, CENTRAL = 1.2, 0.006, 0.2  # found: m from the eye, share of the frame, off its middle
@@ -489,7 +482,6 @@ class PlayhouseEnv(gym.Env):
             pos=(0, 0, 4),
             dir=(*rng.uniform(-0.5, 0.5, 2), -1),
             diffuse=(rng.uniform(0.35, 0.6),) * 3,
-            castshadow=False,
         )
         self._rooms(spec)
         self._furniture(spec)
@@ -648,31 +640,28 @@ class PlayhouseEnv(gym.Env):
         self.toys = [toy, *kin, *strangers[: int(rng.integers(1, 4))]]
         while True:
             with suppress(NoRoom):  # or no way
-                self.model = self._home()
-                self.data = mujoco.MjData(self.model)
-                self._settle()
+                self.model = model = self._home()
+                self.data = mujoco.MjData(model)
+                self.held, self._tilt = None, 1
+                self._agent_qpos = [model.joint(name).qposadr[0] for name in ("x", "y", "yaw")]
+                self._agent_qvel = [model.joint(name).dofadr[0] for name in ("x", "y", "yaw")]
+                self._toy_bodies = [model.body(f"toy{i}") for i in range(len(self.toys))]
+                self.data.qpos[self._agent_qpos] = self._start
+                mujoco.mj_step(model, self.data, nstep=30)  # till the toys lie
+                mujoco.mj_forward(model, self.data)
                 route(self, self.toy_position(0)[None, :2], *GRAB_FROM)
                 if self.goal.place is not None:
                     way = route(self, self.points_on(self.goal.place), *RELEASE_FROM)
                 break
         if self.goal.place is not None and rng.random() < options.get("in_hand", 0):
-            self.data.qpos[self._agent_qpos[:2]] = way[rng.integers(len(way) - 1)]
+            clear = self._apart(np.array(way[:-1]), RADIUS + 0.25)  # it would stand in a toy
+            start = clear[rng.integers(len(clear))] if len(clear) else way[0]
+            self.data.qpos[self._agent_qpos[:2]] = start
             self._hold(0)
             self._carry()
             mujoco.mj_forward(self.model, self.data)
         self.close()
         return self._frame(), self._info()
-
-    def _settle(self) -> None:
-        """The agent goes to its start, and toys come to rest."""
-        self.held, self._tilt = None, 1
-        model = self.model
-        self._agent_qpos = [model.joint(name).qposadr[0] for name in ("x", "y", "yaw")]
-        self._agent_qvel = [model.joint(name).dofadr[0] for name in ("x", "y", "yaw")]
-        self._toy_bodies = [model.body(f"toy{i}") for i in range(len(self.toys))]
-        self.data.qpos[self._agent_qpos] = self._start
-        mujoco.mj_step(model, self.data, nstep=30)
-        mujoco.mj_forward(model, self.data)
 
     def step(self, action):
         name, data = ACTIONS[action], self.data
@@ -732,8 +721,8 @@ class PlayhouseEnv(gym.Env):
     def _carry(self) -> None:
         """The held toy goes where the hand is: ahead of the body, on this side of a wall."""
         x, y, yaw = self.data.qpos[self._agent_qpos]
-        hand, ahead = np.array([x, y, HAND[1]]), np.array([math.cos(yaw), math.sin(yaw), 0])
-        reach = min(HAND[0], max(self._free_way(hand, ahead) - 0.15, RADIUS))
+        hand, ahead = np.array([x, y, HAND_HEIGHT]), np.array([math.cos(yaw), math.sin(yaw), 0])
+        reach = min(HAND_AHEAD, max(self._free_way(hand, ahead) - 0.15, RADIUS))
         joint = self.model.joint(self._toy_bodies[self.held].jntadr[0])
         # Turned half aside, so that one sees what it is.
         self.data.qpos[joint.qposadr[0] :][:7] = *(hand + reach * ahead), *about_z(yaw + 1)
@@ -773,9 +762,12 @@ class PlayhouseEnv(gym.Env):
         inner = np.linspace(-1, 1, 9)[:, None] * (w - 0.28, d - 0.28)
         local = np.stack(np.meshgrid(*inner.T), -1).reshape(-1, 2)
         points = local @ np.array([[c, s], [-s, c]]) + (x, y)
+        return self._apart(points, 0.35)
+
+    def _apart(self, points: np.ndarray, distance: float) -> np.ndarray:
+        """Those of points [K, 2] that are farther than that from all toys but the goal's."""
         others = np.array([self.toy_position(toy)[:2] for toy in range(1, len(self.toys))])
-        apart = np.linalg.norm(points[:, None] - others, axis=-1).min(1)
-        return points[apart > 0.35]
+        return points[np.linalg.norm(points[:, None] - others, axis=-1).min(1) > distance]
 
     # ---- Truth
 
@@ -840,8 +832,6 @@ class PlayhouseEnv(gym.Env):
     def _draw(self) -> mujoco.Renderer:
         if self._renderer is None:
             self._renderer = mujoco.Renderer(self.model, self.height, self.width)
-            flags = self._renderer.scene.flags
-            flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = flags[mujoco.mjtRndFlag.mjRND_SKYBOX] = 0
         self._renderer.update_scene(self.data, f"eye{self._tilt}")
         return self._renderer
 
@@ -952,23 +942,16 @@ def goals_for(args: Args, goals: Sequence[Goal]) -> list[Goal]:
     return [goal for goal in goals if args.family in ("all", goal.family)]
 
 
-def draw_one_frame() -> None:
-    """In a process of its own: a broken GL may crash or hang it."""
-    try:
-        PlayhouseEnv("rgb_array").reset()
-    except Exception as error:  # whatever the GL library raises; the parent names the remedy
-        raise SystemExit(f"{type(error).__name__}: {error}") from None
-
-
 def make_envs(args: Args, num_envs: int, size: int) -> gym.vector.AsyncVectorEnv:
     """One home in each worker process; frames come back through shared memory."""
     main_process = os.getpid()
 
     def make_env():
-        if os.getpid() != main_process:  # a worker: Ctrl-C is for the parent, its death for both
+        if os.getpid() != main_process:  # in a worker, which leaves Ctrl-C to its parent
             parent = multiprocessing.parent_process()
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            # When the parent is gone, so is the worker.
             threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
             os.nice(10)  # on few cores they would keep the main process from its updates
         return gym.make(
@@ -998,16 +981,18 @@ def worker_failures(envs: gym.vector.AsyncVectorEnv, stage: str):
         yield
     except Exception as error:
         time.sleep(0.5)  # a pipe breaks a little before its process is gone
-        silent = [i for i, pipe in enumerate(envs.parent_pipes) if pipe is None or not pipe.poll()]
-        dead = [i for i, process in enumerate(envs.processes) if not process.is_alive()]
+        raised = [i for i, pipe in enumerate(envs.parent_pipes) if pipe is None]
+        silent = [i for i, pipe in enumerate(envs.parent_pipes) if pipe and not pipe.poll()]
+        dead = [] if raised else [i for i, p in enumerate(envs.processes) if not p.is_alive()]
         for process in envs.processes:
             process.kill()  # one that hangs in the driver ignores SIGTERM
         envs.closed = True  # its own close() would wait for them
         reason = (str(error) or type(error).__name__).splitlines()[0]
+        who, what = (dead, "died") if dead else (raised or silent, "failed")
         raise SystemExit(
-            f"{stage}: worker {dead or silent} of {envs.num_envs} {'died' if dead else 'failed'} "
-            f"({reason}). MUJOCO_GL is {os.environ.get('MUJOCO_GL')}: try a lower --num-envs, "
-            "MUJOCO_GL=osmesa, or a longer --worker-timeout"
+            f"{stage}: worker {who} of {envs.num_envs} {what} ({reason}). MUJOCO_GL is "
+            f"{os.environ.get('MUJOCO_GL')}: try a lower --num-envs, MUJOCO_GL=osmesa, or a longer "
+            f"--worker-timeout. {GL_REMEDY}"
         ) from None
 
 
@@ -1027,8 +1012,8 @@ def family_scores(rewards: torch.Tensor, temperature: float) -> torch.Tensor:
 TRAINING, SELECTION, REPORT, CALIBRATION, NOISE = range(5)  # uses of --seed, each a stream
 
 
-def reset_seed(*key: int) -> int:
-    """32 bits from --seed, the use, and what counts within it."""
+def stream_seed(*key: int) -> int:
+    """32 bits from --seed, the use, and what counts within it: a stream of its own for each."""
     return int(np.random.SeedSequence(key).generate_state(1)[0])
 
 
@@ -1039,7 +1024,7 @@ def random_play(envs, judge, key: tuple, args: Args):
     rng, scores, reached = np.random.default_rng(key), [], []
     harmless = [i for i, action in enumerate(ACTIONS) if action != "grab"]
     for first in range(0, args.calibration_episodes, envs.num_envs):
-        seeds = [reset_seed(*key, first + i) for i in range(envs.num_envs)]
+        seeds = [stream_seed(*key, first + i) for i in range(envs.num_envs)]
         with worker_failures(envs, "calibration"):
             envs.reset_async(seed=seeds)
             envs.reset_wait(timeout=args.worker_timeout)
@@ -1065,19 +1050,17 @@ def calibrate(scores: torch.Tensor, reached: torch.Tensor | None, rate: float) -
     return beta
 
 
-def after_stage_one(
-    scores: torch.Tensor, beta: torch.Tensor, carried: torch.Tensor, stage_one: torch.Tensor
-):
+def after_stage_one(reached: torch.Tensor, carried: torch.Tensor, stage_one: torch.Tensor):
     """To place counts only after CLIP saw the toy in the hand, and once it sees it there no longer.
 
-    Of the scores [T, N, 240] of T steps, those of a goal of two stages become -inf at the other
-    steps. `carried` [N, 240]: its toy was in the hand before them, in this episode; the second
-    result: before the steps that follow. `stage_one` [240]: the index of each goal's first stage,
-    its own where it has but one."""
-    in_hand = (scores > beta)[..., stage_one]  # [T, N, 240]
+    `reached` [T, N, 240] in T steps; the result is false where a goal of two stages does not count.
+    `carried` [N, 240]: its toy was in the hand before them, in this episode; the second result:
+    before the steps that follow. `stage_one` [240]: the index of each goal's first stage, its own
+    where it has but one."""
+    in_hand = reached[..., stage_one]  # [T, N, 240]
     carried = torch.cat([carried[None], in_hand]).cumsum(0) > 0  # [T + 1, N, 240]
     one_stage = stage_one == torch.arange(len(GOALS), device=stage_one.device)
-    return scores.where(carried[:-1] & ~in_hand | one_stage, -math.inf), carried[-1]
+    return reached & (carried[:-1] & ~in_hand | one_stage), carried[-1]
 
 
 # What the network knows of the past: how often each action was taken of late, as running averages
@@ -1109,23 +1092,22 @@ class Replay:
     counted from the run's first, is row t % K of block t // K, which lies at slot t // K % M.
     """
 
-    def __init__(self, capacity: int, steps: int, seen: torch.Tensor, stack: int, device: str):
-        """`seen` [N, h, w, C]: like what N environments see, of which a state stacks some."""
+    def __init__(self, capacity: int, steps: int, seen: torch.Tensor, device: str):
+        """`seen` [N, h, w, C]: like what the network sees of N environments."""
         K, N = steps, len(seen)
         self.slots = M = capacity // (N * K)
-        self.num_envs, self.steps, self.stack, self.device = N, K, stack, device
+        self.num_envs, self.steps, self.device = N, K, device
         self.head = 0  # the next block
-        columns = COLUMNS["train"].values()  # of each family's goals
-        self.columns = [torch.tensor(goals, device=device) for goals in columns]
         rings = {
             "seen": ((M, K + 1, *seen.shape), seen.dtype),
+            "traces": ((M, K + 1, N, TRACES), torch.float16),  # of the actions before
             "action": ((M, K, N), torch.uint8),
-            "traces": ((M, K, N, TRACES), torch.float16),  # of the actions before
-            "score": ((M, K, N, len(TRAIN_GOALS)), torch.float32),
+            "reached": ((M, K, N, len(TRAIN_GOALS)), torch.bool),
             "goal": ((M, N), torch.int64),
             "age": ((M, N), torch.int64),  # steps of the episode before the block
             "last": ((M, N), torch.int64),  # the last block of the same episode, so far
-            "arrival": ((M, K, N, len(FAMILIES)), torch.int64),  # 1 + a goal that begins to hold
+            # of each family: 0, or 1 + a goal that this step newly reaches
+            "arrival": ((M, K, N, len(FAMILIES)), torch.int64),
         }
         need = sum(math.prod(shape) * dtype.itemsize for shape, dtype in rings.values())  # bytes
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // LOCAL_WORLD_SIZE
@@ -1138,22 +1120,25 @@ class Replay:
         )
         self.data = {k: torch.zeros(s, dtype=t, device=device) for k, (s, t) in rings.items()}
 
-    def add(self, beta: torch.Tensor, **block: torch.Tensor) -> None:
-        """seen [K + 1, N, h, w, C], action [K, N], traces [K, N, 27], score [K, N, 190], goal [N],
-        age [N]; a goal is reached where its score exceeds beta [240]."""
+    def add(self, generator: torch.Generator, **block: torch.Tensor) -> None:
+        """seen [K + 1, N, h, w, C], traces [K + 1, N, 27], action [K, N], reached [K, N, 190], goal
+        [N], age [N]."""
         d, slot = self.data, self.head % self.slots
         for name, value in block.items():
             d[name][slot] = value
         # All blocks of the running episodes now have this one as their last.
         ago = (self.head - torch.arange(self.slots, device=self.device)) % self.slots  # [M]
         d["last"][ago[:, None] * self.steps <= block["age"]] = self.head
-        before = d["score"][slot - 1, -1].where(block["age"][:, None] > 0, -math.inf)  # [N, 190]
-        before = torch.cat([before[None], block["score"][:-1]])
-        needed = beta[: len(TRAIN_GOALS)]
-        new = block["score"].where((block["score"] > needed) & (before <= needed), -math.inf)
-        for family, columns in enumerate(self.columns):
-            score, best = new[..., columns].max(-1)  # [K, N]
-            d["arrival"][slot, ..., family] = torch.where(score.isfinite(), 1 + columns[best], 0)
+        # A first frame is not scored; the next one stands in for it.
+        first, reached = block["age"][:, None] == 0, block["reached"]
+        before = torch.where(first, reached[0], d["reached"][slot - 1, -1])  # [N, 190]
+        new = reached & ~torch.cat([before[None], reached[:-1]])
+        # Of several goals of a family at once, which a softmax never reaches, any one.
+        lot = new * torch.rand(new.shape, generator=generator, device=self.device)
+        for family, columns in enumerate(COLUMNS["train"].values()):
+            best, which = lot[..., columns].max(-1)  # [K, N]
+            goals = 1 + torch.tensor(columns, device=self.device)
+            d["arrival"][slot, ..., family] = (best > 0) * goals[which]
         self.head += 1
         self._list_arrivals()
 
@@ -1165,7 +1150,7 @@ class Replay:
         family = self.arrivals[:, 3]
         self.chances = (1 / family.bincount(minlength=len(FAMILIES)))[family]
 
-    def sample(self, batch_size: int, beta: torch.Tensor, relabel: float, n_step: int, generator):
+    def sample(self, batch_size: int, relabel: float, n_step: int, generator):
         """Transitions of `n_step` steps, fewer where the goal is reached or the episode ends.
 
         Returns s; a [B], the first action; r [B] in {0, 1}, whether the goal is reached at s'; s';
@@ -1174,7 +1159,7 @@ class Replay:
         """
         d, M, K = self.data, self.slots, self.steps
         random = {"generator": generator, "device": self.device}
-        oldest = max(0, self.head - M + 1)  # whose scores and frames reach back into the one before
+        oldest = max(0, self.head - M + 1)  # the one before it is only looked back into
         t = oldest * K + torch.randint((self.head - oldest) * K, (batch_size,), **random)
         i = torch.randint(self.num_envs, (batch_size,), **random)  # the environment
         goal = d["goal"][t // K % M, i]
@@ -1184,41 +1169,27 @@ class Replay:
             drawn = self.chances.multinomial(batch_size, replacement=True, generator=generator)
             slot, k, env, family = self.arrivals[drawn].unbind(1)
             reached = d["arrival"][slot, k, env, family] - 1
-            age = d["age"][slot, env] + k
-            back = (torch.rand(batch_size, **random) * (age + 1)).long()
-            way = self.head - 1 - (self.head - 1 - slot) % M  # the block's number
-            way = (way * K + k - back).clamp(min=oldest * K)
-            # Where it held already an episode of its own would have ended. A first frame has no
-            # scores; those of the next one stand in for them.
-            before = way - (back < age).long()
-            use = self._at("score", before, env, reached) <= beta[reached]
+            block = self.head - 1 - (self.head - 1 - slot) % M  # its number
+            begin = block * K - d["age"][slot, env]  # the first step of the episode
+            start = begin.clamp(min=oldest * K)
+            way = start + (torch.rand(batch_size, **random) * (block * K + k - start + 1)).long()
+            # Where it held already an episode of its own would have ended.
+            use = ~self._at("reached", (way - 1).maximum(begin), env, reached)
             use &= torch.rand(batch_size, **random) < relabel
             t, i, goal = (torch.where(use, *x) for x in ((way, t), (env, i), (reached, goal)))
-        left = (d["last"][t // K % M, i] + 1) * K - t  # steps of the episode, this one included
+        left = (d["last"][t // K % M, i] + 1) * K - t  # to the end of the episode's last block
         ahead = torch.arange(n_step, device=self.device)
         times = t[:, None] + torch.minimum(ahead, left[:, None] - 1)  # [B, n_step]
-        reached = self._at("score", times, i[:, None], goal[:, None]) > beta[goal][:, None]
+        reached = self._at("reached", times, i[:, None], goal[:, None])
         r, first = reached.any(1), reached.int().argmax(1, keepdim=True)
         end = torch.where(r, times.gather(1, first)[:, 0], times[:, -1])
-        s = self._frames(t, i, 0), self._at("traces", t, i).float()
-        acted = remember(self._at("traces", end, i).float(), self._at("action", end, i).long())
-        s_next = self._frames(end, i, 1), acted
+        s = self._at("seen", t, i), self._at("traces", t, i).float()
+        s_next = self._at("seen", end, i, row=1), self._at("traces", end, i, row=1).float()
         return s, self._at("action", t, i).long(), r.float(), s_next, end + 1 - t, goal
 
-    def _at(self, name: str, t: torch.Tensor, *index: torch.Tensor) -> torch.Tensor:
-        return self.data[name][(t // self.steps % self.slots, t % self.steps, *index)]
-
-    def _frames(self, t: torch.Tensor, i: torch.Tensor, after: int) -> torch.Tensor:
-        """The last frames of its episode before step t, with the one that follows it if `after`."""
-        block, row = t // self.steps, t % self.steps + after
-        age = self.data["age"][block % self.slots, i] + row
-        frames = []
-        for back in range(self.stack - 1, -1, -1):
-            j = row - age.clamp(max=back)
-            # Row 0 is also the last one of the block before.
-            b, j = torch.where(j < 0, block - 1, block), torch.where(j < 0, j + self.steps, j)
-            frames.append(self.data["seen"][b % self.slots, j, i])
-        return torch.cat(frames, -1)
+    def _at(self, name: str, t: torch.Tensor, *index: torch.Tensor, row: int = 0) -> torch.Tensor:
+        """Of step t; of what lies there in K + 1 rows, row=1 is what follows the step."""
+        return self.data[name][(t // self.steps % self.slots, t % self.steps + row, *index)]
 
     def save(self, folder: Path, first: int) -> None:
         """Append blocks [first, head) as one file; what is on disk already is not written again."""
@@ -1226,7 +1197,7 @@ class Replay:
         chunk = {name: ring[blocks].cpu() for name, ring in self.data.items()}
         atomic_save(chunk, folder / f"{first}-{self.head}.pt")
         for path in folder.glob("*-*.pt"):
-            if int(path.stem.split("-")[1]) <= first - self.slots:  # not even last.pt needs it
+            if int(path.stem.split("-")[1]) <= first - self.slots:  # gone before last.pt was made
                 path.unlink()
 
     def load(self, folder: Path, head: int) -> None:
@@ -1309,9 +1280,8 @@ class QNetwork(nn.Module):
     """Q(s, g, a) of what is seen [B, h, w, C k], the traces of the actions before [B, 27] and the
     text embeddings of the goal and of its landmark [B, 2, C] -> [B, 9].
 
-    Where is what they name? CLIP's answer is the product of the two with each cell (not of pixels,
-    where the landmark has no part). Half of the other maps come from 1 x 1 filters that the goal
-    writes.
+    Of CLIP's cells two maps say where the goal's toy and its place are: the products of each cell
+    with the two texts. Half of the others come from 1 x 1 filters that the goal writes.
     """
 
     def __init__(self, seen: torch.Tensor, goal_dim: int, maps: int = 8):
@@ -1333,23 +1303,18 @@ class QNetwork(nn.Module):
         self.head = nn.Linear(256, len(ACTIONS))
 
     def forward(self, seen: torch.Tensor, traces: torch.Tensor, texts: torch.Tensor):
-        # Embeddings have unit norm. Entries of about 1 are learned from faster; what multiplies the
-        # cells is scaled for that, as there are far more of these.
-        unit = texts.shape[-1] ** 0.5
-        goal, scale = unit * texts[:, 0], 1.0
-        if self.stem is None:
-            x, scale = seen.float(), unit
-        else:
-            x = self.stem(seen.permute(0, 3, 1, 2) / 255 - 0.5).permute(0, 2, 3, 1)
+        goal, x = texts[:, 0], seen.float()
+        if self.stem is not None:
+            x = self.stem(x.permute(0, 3, 1, 2) / 255 - 0.5).permute(0, 2, 3, 1)
         cells = x.flatten(1, 2)  # [B, h w, C k]
         filters = self.filters(goal).unflatten(1, (-1, cells.shape[-1] + 1))
         weight, bias = filters[..., :-1], filters[..., -1]  # [B, maps, C k], [B, maps]
-        own = cells @ (scale / cells.shape[-1] ** 0.5 * weight).mT + bias[:, None]
-        common = F.linear(cells, scale * self.common.weight, self.common.bias)
-        maps = [F.relu(own), F.relu(common)]
+        own = cells @ (weight / cells.shape[-1] ** 0.5).mT + bias[:, None]
+        maps = [F.relu(own), F.relu(self.common(cells))]
         if self.stem is None:
             frames = cells.view(len(cells), -1, goal.shape[-1])  # [B, h w k, C]
-            maps.append((frames @ (scale * texts).mT).view(len(cells), cells.shape[1], -1))
+            cosines = frames @ (texts / goal.shape[-1] ** 0.5).mT  # times the root of C
+            maps.append(cosines.view(len(cells), cells.shape[1], -1))
         x = torch.cat(maps, -1).unflatten(1, x.shape[1:3]).permute(0, 3, 1, 2)
         x = F.relu(self.convolution(x))
         x = F.relu(self.hidden(x.flatten(1)) + self.traces(traces))
@@ -1369,9 +1334,8 @@ def prompt_embeddings(clip: CLIPReward) -> torch.Tensor:
 
 def shrink(frames: np.ndarray, size: int, device) -> torch.Tensor:
     """uint8 [N, H, W, 3] -> uint8 [N, size, size, 3], the mean of each square of pixels."""
-    x = torch.from_numpy(frames).to(device)
-    factor = x.shape[1] // size
-    return x.unflatten(2, (size, factor)).unflatten(1, (size, factor)).float().mean((2, 4)).byte()
+    x = torch.from_numpy(frames).to(device).permute(0, 3, 1, 2).float()
+    return F.adaptive_avg_pool2d(x, size).permute(0, 2, 3, 1).byte()
 
 
 def evaluate(
@@ -1387,9 +1351,9 @@ def evaluate(
     also by family, and the frames of the first episode [T, H, W, 3].
     """
     results, film = defaultdict(list), None
-    generator = torch.Generator(device).manual_seed(reset_seed(*key))
+    generator = torch.Generator(device).manual_seed(stream_seed(*key))
     for first in range(0, episodes, envs.num_envs):
-        seeds = [reset_seed(*key, first + i) for i in range(envs.num_envs)]
+        seeds = [stream_seed(*key, first + i) for i in range(envs.num_envs)]
         with worker_failures(envs, "evaluation"):
             envs.reset_async(seed=seeds, options={"goals": evenly(goals)})
             frame, info = envs.reset_wait(timeout=args.worker_timeout)
@@ -1397,18 +1361,18 @@ def evaluate(
         seen, _ = see(frame)
         stack = seen.repeat(1, 1, 1, args.frame_stack)
         traces = torch.zeros(envs.num_envs, TRACES, device=device)
-        frames, scores, truncated = [frame[0].copy()], [], np.zeros(1, bool)
+        frames, scores = [frame[0].copy()], []
         judged = torch.full((envs.num_envs, len(GOALS)), -math.inf, device=device)
-        while not truncated.all():  # all at once
+        for t in range(1, MAX_STEPS + 1):
             a = play(stack, traces, goal, judged, generator)
             action = a.cpu().numpy()
             with worker_failures(envs, "evaluation"):
                 envs.step_async(action)
-                frame, _, _, truncated, info = envs.step_wait(timeout=args.worker_timeout)
+                frame, *_, info = envs.step_wait(timeout=args.worker_timeout)
             frames.append(frame[0].copy())
             seen, s = see(frame)
             scores.append(judge([frame], [s], [info])[0])
-            if len(scores) % args.score_every == 0:  # the block is over
+            if t % args.score_every == 0:  # the block is over
                 judged = scores[-1]
             stack = torch.cat([stack[..., seen.shape[-1] :], seen], -1)
             traces = remember(traces, a)
@@ -1442,29 +1406,30 @@ def write_video(film: np.ndarray, path: Path, writer: SummaryWriter | None, step
 def load_checkpoint(run: Path, name: str, option: str) -> dict:
     try:
         state = torch.load(run / name, map_location="cpu", weights_only=True)
-        flags = state["args"].keys()
+        same = state["args"].keys() == asdict(Args()).keys()
     except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         check(False, f"{option} {run}: cannot load its {name} ({reason}); name a run that has one")
-    check(
-        flags == asdict(Args()).keys(),
-        f"{option} {run}: another version of this script made its {name}; go on with that version",
-    )
+    check(same, f"{option} {run}: another version of this script made its {name}; take that one")
     return state
 
 
 def parse_args() -> Args:
     """The command line; for a run that exists, on top of the arguments it was started with."""
     args = tyro.cli(Args, description=__doc__)
-    check(
-        args.resume is None or args.evaluate is None,
-        f"--evaluate {args.evaluate}: not together with --resume; one after the other",
-    )
+    both = args.resume and args.evaluate
+    check(not both, f"--evaluate {args.evaluate}: not together with --resume; one after the other")
     run = args.resume or args.evaluate
     if run is None:
         return args
     # What may differ from the run's own arguments; the rest would make it another run.
-    free = {"resume", "evaluate", "device", "worker_timeout"}
+    free = {
+        "resume",
+        "evaluate",
+        "device",
+        "worker_timeout",
+        "clip_model",
+    }  # one CLIP: see load_agent
     if args.resume:
         state, free = load_checkpoint(run, "last.pt", "--resume"), free | {"total_timesteps"}
         ranks = len(state["ranks"])
@@ -1474,10 +1439,8 @@ def parse_args() -> Args:
         )
     else:
         state = load_checkpoint(run, "best.pt", "--evaluate")
-        free |= {"final_episodes", "num_envs", "precision", "clip_model"}
+        free |= {"final_episodes", "num_envs", "precision"}
     saved = Args(**state["args"])
-    if os.path.isabs(saved.clip_model) and not os.path.exists(saved.clip_model):
-        free |= {"clip_model"}  # its folder was moved, or this is another machine
     saved.output = Path(saved.output)
     args = tyro.cli(Args, default=saved, description=__doc__)
     for name, old in asdict(saved).items():
@@ -1492,14 +1455,6 @@ def parse_args() -> Args:
 def main() -> None:
     args = parse_args()
     check_args(args)
-    probe = multiprocessing.get_context(START_METHOD).Process(target=draw_one_frame)
-    probe.start()
-    probe.join(args.worker_timeout)
-    probe.kill()  # one that hangs in the driver ignores SIGTERM, and our exit would wait for it
-    check(
-        probe.exitcode == 0,
-        f"MUJOCO_GL={os.environ.get('MUJOCO_GL')}: cannot render here. {GL_REMEDY}",
-    )
     if args.tour:
         missed = tour(args.output, args.seed)
         print(f"video: {args.output}")
@@ -1518,11 +1473,12 @@ def main() -> None:
         args.precision = "bf16" if has_bf16 else "fp32"
     # The workers are forked before this process touches CUDA, and never touch it themselves.
     envs = make_envs(args, args.num_envs, args.frame_size)
-    # Where the policy sees pixels, these are shrunk to its size, which must divide them.
-    unit = args.policy_size if args.policy_input == "pixels" else 1
-    video_size = unit * math.ceil(VIDEO_SIZE / unit)
-    films = args.capture_video and RANK == 0 or args.evaluate is not None
-    video_envs = make_envs(args, 1, video_size) if films else None
+    records = args.capture_video and RANK == 0 or args.evaluate is not None
+    video_envs = make_envs(args, 1, VIDEO_SIZE) if records else None
+    for workers in filter(None, (envs, video_envs)):  # can all of them draw here?
+        with worker_failures(workers, "first frame"):
+            workers.reset_async()
+            workers.reset_wait(timeout=args.worker_timeout)
     if device == "cuda":
         torch.cuda.set_device(LOCAL_RANK)
     if WORLD_SIZE > 1:
@@ -1547,6 +1503,7 @@ def main() -> None:
     # The network sees CLIP's embeddings along the (at most 128) directions that the texts span.
     named = text[: len(TRAIN_GOALS)].flatten(0, 1)
     axes = torch.linalg.svd(named, full_matrices=False).Vh[:128]
+    axes *= len(axes) ** 0.5  # entries of about 1 are learned from faster
     projection = gather(axes.T.cpu())[0].to(device)  # [D, C], of one sign on all ranks
 
     def see(frames: np.ndarray) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -1558,17 +1515,16 @@ def main() -> None:
         return (maps @ projection).half(), s
 
     example, _ = see(blank)
-    stacked = example.repeat(1, 1, 1, args.frame_stack)
-    q_network = QNetwork(stacked, projection.shape[1]).to(device)
+    stack = example.repeat(1, 1, 1, args.frame_stack)  # [N, h, w, C k], what the network sees
+    q_network = QNetwork(stack, projection.shape[1]).to(device)
     target = copy.deepcopy(q_network).requires_grad_(False)
     # The learning rate is a tensor, as --compile makes a number a constant.
     learning_rate = torch.tensor(args.learning_rate, device=device)
     adam = {"lr": learning_rate, "fused": True, "capturable": device == "cuda"}
     optimizer = torch.optim.Adam(q_network.parameters(), **adam)
-    beta = torch.full((len(GOALS),), args.beta or 0.0, device=device)
-    if args.reward == "env":
-        beta.fill_(0.5)  # between false and true
-    generator = torch.Generator(device).manual_seed(reset_seed(args.seed, NOISE, RANK))
+    beta = 0.5 if args.reward == "env" else args.beta or 0.0  # between false and true
+    beta = torch.full((len(GOALS),), beta, device=device)
+    generator = torch.Generator(device).manual_seed(stream_seed(args.seed, NOISE, RANK))
 
     # ---- Scores of frames, goals to pursue, actions
     temperature = args.temperature or clip.temperature
@@ -1576,7 +1532,6 @@ def main() -> None:
     stage_one = torch.tensor(stages, device=device)
     trained = torch.tensor([args.family in ("all", goal.family) for goal in GOALS], device=device)
     trained[stage_one[trained]] = True
-    none_carried = torch.zeros(args.num_envs, len(GOALS), dtype=torch.bool, device=device)
 
     def judge(frames, embeddings, infos) -> torch.Tensor:
         """CLIP's scores of T steps for all goals, [T, N, 240], or with --reward env the truth. The
@@ -1595,20 +1550,11 @@ def main() -> None:
         logarithm makes a detour cost the same from afar, where all Q are small."""
         return F.softmax(q.clamp(min=0.01).log() / args.policy_temperature, -1)
 
-    def counted(scores: torch.Tensor, carried: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The scores [T, N, 240] that count, and what was carried [N, 240] until after them."""
-        scores, carried = after_stage_one(scores, beta, carried, stage_one)
-        return scores.where(trained, -math.inf), carried
-
-    def pursued(goal: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """What to go for [N] on the way to goals [N], after a step's scores [N, 240]: the first
-        stage until that is reached."""
+    def pursued(goal: torch.Tensor, reached: torch.Tensor) -> torch.Tensor:
+        """What to go for [N] on the way to goals [N], when those [N, 240] are reached: the first
+        stage until that is."""
         stage = stage_one[goal]
-        return torch.where(scores.gather(1, stage[:, None])[:, 0] > beta[stage], goal, stage)
-
-    def is_reached(scores: torch.Tensor, goal: torch.Tensor) -> np.ndarray:
-        """Where the reward of an episode's own goal [N] is 1: scores [T, N, 240] -> [T, N]."""
-        return (scores > beta)[:, torch.arange(len(goal)), goal].cpu().numpy()
+        return torch.where(reached.gather(1, stage[:, None])[:, 0], goal, stage)
 
     @torch.no_grad()
     def policy(stack, traces, goal, generator: torch.Generator) -> torch.Tensor:
@@ -1618,21 +1564,23 @@ def main() -> None:
         return (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1)
 
     def play(stack, traces, goal, scores, generator: torch.Generator) -> torch.Tensor:
-        return policy(stack, traces, pursued(goal, scores), generator)
+        return policy(stack, traces, pursued(goal, scores > beta), generator)
 
     def play_randomly(stack, traces, goal, scores, generator: torch.Generator) -> torch.Tensor:
         return torch.randint(len(ACTIONS), goal.shape, generator=generator, device=device)
 
     def clip_success(scores: torch.Tensor, goal: torch.Tensor) -> np.ndarray:
         """Whether CLIP's reward was ever 1 in N episodes with scores [T, N, 240]."""
-        return is_reached(counted(scores, none_carried[: len(goal)])[0], goal).any(0)
+        nothing_carried = torch.zeros_like(scores[0], dtype=torch.bool)
+        reached, _ = after_stage_one(scores > beta, nothing_carried, stage_one)
+        return reached[:, torch.arange(len(goal)), goal].any(0).cpu().numpy()
 
     # ---- Evaluation
     by_clip = clip_success if args.reward != "env" else None
     assess = partial(evaluate, see=see, judge=judge, clip_success=by_clip, args=args, device=device)
 
-    def adopt(state: dict, run: Path) -> None:
-        """What a checkpoint of this CLIP plays with."""
+    def load_agent(state: dict, run: Path) -> None:
+        """Network, projection and beta of a checkpoint, which must be of this CLIP."""
         saved = state["prompts"].to(device)
         check(
             saved.shape == clip.goal.shape and (saved * clip.goal).sum(-1).min() > 0.99,
@@ -1650,7 +1598,7 @@ def main() -> None:
             file = "last.pt" if name == "last" else "best.pt"
             if not (run / file).exists():
                 continue  # killed between its first evaluation and its first checkpoint
-            adopt(load_checkpoint(run, file, "--evaluate"), run)
+            load_agent(load_checkpoint(run, file, "--evaluate"), run)
             for split, goals in (("train", train_goals), ("heldout", heldout_goals)):
                 report[name][split], _ = assess(envs, player, args.final_episodes, key, goals)
                 numbers = ", ".join(f"{k} {v:.3f}" for k, v in report[name][split].items())
@@ -1672,16 +1620,16 @@ def main() -> None:
         return
 
     # ---- A new run, or one that goes on
-    replay = Replay(args.buffer_size, args.score_every, example, args.frame_stack, device)
-    name = f"PlayhouseCLIP-v0__{args.exp_name}__{args.seed}__{int(1000 * time.time())}"
-    run = args.resume or Path("runs") / gather(name)[0]
+    replay = Replay(args.buffer_size, args.score_every, stack, device)
+    run_name = f"PlayhouseCLIP-v0__{args.exp_name}__{args.seed}__{int(1000 * time.time())}"
+    run = args.resume or Path("runs") / gather(run_name)[0]
     replay_folder = run / "replay" / str(RANK)
     replay_folder.mkdir(parents=True, exist_ok=args.resume is not None)
     step, updates, saved_block, best_success = 0, 0, 0, -math.inf
     episode = np.zeros(args.num_envs, np.int64)  # how often each environment was reset
     if args.resume is not None:
         state = load_checkpoint(run, "last.pt", "--resume")
-        adopt(state, run)
+        load_agent(state, run)
         target.load_state_dict(state["target"])
         optimizer.load_state_dict(state["optimizer"])
         optimizer.param_groups[0] |= adam  # what was saved is perhaps of another device
@@ -1697,18 +1645,20 @@ def main() -> None:
         average(beta)  # all ranks played in the same homes: alike but for rounding
         if RANK == 0:
             print("beta:", {f: beta[columns[0]].item() for f, columns in COLUMNS["train"].items()})
-    if args.track and RANK == 0:
-        import wandb
-
-        wandb.init(
-            project=args.wandb_project_name, entity=args.wandb_entity, name=run.name,
-            config=asdict(args), sync_tensorboard=True, save_code=True,
-        )  # fmt: skip
+    beta[~trained] = math.inf
     arguments = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(args).items()}
-    rows = "\n".join(f"|{key}|{value}|" for key, value in arguments.items())
     if RANK == 0:
+        if args.track:
+            import wandb
+
+            wandb.init(
+                project=args.wandb_project_name, entity=args.wandb_entity, name=run.name,
+                id=run.name, resume="allow", config=asdict(args), sync_tensorboard=True,
+                save_code=True,
+            )  # fmt: skip
         writer = SummaryWriter(run, purge_step=step + 1 if args.resume else None)
-        writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}", step)
+        table = "\n".join(f"|{key}|{value}|" for key, value in arguments.items())
+        writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}", step)
         (run / "args.json").write_text(json.dumps(arguments, indent=2) + "\n")
 
     # ---- What the loop calls
@@ -1737,16 +1687,6 @@ def main() -> None:
                 f"step {step}: {stage} is not finite; checkpoints in {run} are from before it. "
                 "Start anew with a lower --learning-rate or --precision fp32"
             )
-
-    def reset(ended: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Frames, and goals, of the next episode where one ended, seeded by its number."""
-        own = RANK * args.num_envs
-        seeds = [reset_seed(args.seed, TRAINING, own + i, int(n)) for i, n in enumerate(episode)]
-        episode[ended] += 1
-        with worker_failures(envs, f"step {step}: reset"):
-            envs.reset_async(seed=seeds, options={"reset_mask": ended, "in_hand": args.in_hand})
-            frame, info = envs.reset_wait(timeout=args.worker_timeout)
-        return frame, info["goal"]
 
     def lap(stage: str) -> None:
         nonlocal clock
@@ -1777,15 +1717,13 @@ def main() -> None:
     # ---- Train
     threads, random = torch.get_num_threads(), {"generator": generator, "device": device}
     ended = np.ones(args.num_envs, bool)  # whose episode is over: all are to begin
-    seen = example  # [N, h, w, C]
-    stack = seen.repeat(1, 1, 1, args.frame_stack)
-    # Goals, and what is pursued now; whose action is random now, and which it is: drawn at the
-    # start, then every --explore-steps.
-    goal = pursuit = wander = torch.zeros(args.num_envs, dtype=torch.int64, device=device)
-    exploring = torch.zeros_like(goal, dtype=torch.bool)
+    goal = torch.zeros(args.num_envs, dtype=torch.int64, device=device)  # of the running episodes
+    pursuit = goal  # what the policy goes for now: the goal, or its first stage
+    wander, exploring = goal, goal.bool()  # a random action, and whether it is taken
     traces = torch.zeros(args.num_envs, TRACES, device=device)  # of the actions before
     age = np.zeros(args.num_envs, np.int64)  # steps of the running episodes
-    carried = none_carried.clone()  # in them, whose toy was in the hand
+    # Of each goal: was its toy in the hand, in this episode?
+    carried = torch.zeros(args.num_envs, len(GOALS), dtype=torch.bool, device=device)
     pending = []  # steps of the running block
     losses, finished = {}, defaultdict(list)  # of the last update; episodes since the last log
     seconds = dict.fromkeys(("act", "update", "env", "clip", "evaluate", "checkpoint"), 0.0)
@@ -1798,17 +1736,22 @@ def main() -> None:
         # ---- Reset
         new = torch.from_numpy(ended).to(device)  # [N], whose episode begins with this step
         if ended.any():
-            new_frame, new_goal = reset(ended)
-            seen[new], _ = see(new_frame[ended])
-            stack[new] = seen[new].repeat(1, 1, 1, args.frame_stack)
-            goal = torch.where(new, torch.from_numpy(new_goal).to(device), goal)
+            own = enumerate(episode, RANK * args.num_envs)
+            seeds = [stream_seed(args.seed, TRAINING, i, int(n)) for i, n in own]
+            episode[ended] += 1
+            options = {"reset_mask": ended, "in_hand": args.in_hand}
+            with worker_failures(envs, f"step {step}: reset"):
+                envs.reset_async(seed=seeds, options=options)
+                new_frame, info = envs.reset_wait(timeout=args.worker_timeout)
+            stack[new] = see(new_frame[ended])[0].repeat(1, 1, 1, args.frame_stack)
+            goal = torch.where(new, torch.from_numpy(info["goal"]).to(device), goal)
             pursuit = torch.where(new, stage_one[goal], pursuit)
             traces[new], carried[new], age[ended] = 0, False, 0
             lap("env")
 
         # ---- Act
-        explored = (step - args.learning_starts) / args.epsilon_steps
-        epsilon = 1 - (1 - args.epsilon_end) * min(max(explored, 0), 1)
+        progress = (step - args.learning_starts) / args.epsilon_steps
+        epsilon = 1 - (1 - args.epsilon_end) * min(max(progress, 0), 1)
         redraw = new | (torch.rand(args.num_envs, **random) < 1 / args.explore_steps)
         explores = torch.rand(args.num_envs, **random) < epsilon
         exploring = torch.where(redraw, explores, exploring)
@@ -1829,7 +1772,7 @@ def main() -> None:
         learning_rate.fill_(args.learning_rate * remaining)
         for _ in range(due if ready else 0):
             s_t, a_t, r_t, s_next, n, g = replay.sample(
-                args.batch_size, beta, args.relabel_fraction, args.n_step, generator
+                args.batch_size, args.relabel_fraction, args.n_step, generator
             )
             losses = update(*s_t, a_t, r_t, *s_next, n, text[g] @ projection)
             updates += 1
@@ -1843,9 +1786,9 @@ def main() -> None:
             frame, _, _, truncated, info = envs.step_wait(timeout=args.worker_timeout)
         lap("env")
         step += stride
-        before, (seen, s) = seen, see(frame)
+        seen, s = see(frame)
         lap("clip")
-        pending.append((before, traces, a, frame, s, info))
+        pending.append((stack, traces, a, frame, s, info))
         stack = torch.cat([stack[..., seen.shape[-1] :], seen], -1)
         traces = remember(traces, a)
         ended = np.zeros_like(ended)
@@ -1854,28 +1797,28 @@ def main() -> None:
             continue
 
         # ---- Score the frames of a block, and store it
-        befores, all_traces, actions, frames, embeddings, infos = zip(*pending, strict=True)
+        stacks, all_traces, actions, frames, embeddings, infos = zip(*pending, strict=True)
         pending.clear()
         scores = judge(frames, embeddings, infos)
         stop_if_nan("the CLIP reward", [scores])
-        scores, carried = counted(scores, carried)  # [K, N, 240]
+        reached, carried = after_stage_one(scores > beta, carried, stage_one)  # [K, N, 240]
         # A block is stored for what was pursued in it. But half of those that pursued the first
         # stage of a goal are stored for the goal itself: else Q(place) would never be trained while
         # the hand is empty, and to drop the toy would seem to cost nothing.
         for_goal = torch.rand(args.num_envs, **random) < 0.5
         replay.add(
-            beta,
-            seen=torch.stack([*befores, seen]),
+            generator,
+            seen=torch.stack([*stacks, stack]),
+            traces=torch.stack([*all_traces, traces]),
             action=torch.stack(actions),
-            traces=torch.stack(all_traces),
-            score=scores[..., : len(TRAIN_GOALS)],
+            reached=reached[..., : len(TRAIN_GOALS)],
             goal=torch.where(for_goal, goal, pursuit),
             age=torch.from_numpy(age).to(device),
         )
         success = np.stack([info["success"] for info in infos])  # [K, N]
         age += args.score_every
-        r = is_reached(scores, goal)  # [K, N]
-        pursuit = pursued(goal, scores[-1])
+        r = reached[:, torch.arange(args.num_envs), goal].cpu().numpy()  # [K, N]
+        pursuit = pursued(goal, reached[-1])
         last = step >= args.total_timesteps
         # The first block at or past each multiple
         boundary = stride * args.score_every

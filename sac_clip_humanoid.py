@@ -73,11 +73,12 @@ GL_REMEDY = (
 try:
     import mujoco
     from gymnasium.envs.mujoco.humanoid_v5 import HumanoidEnv as MujocoHumanoid
+except ModuleNotFoundError:  # no renderer's fault: it says what to install
+    raise
 except Exception as error:  # mujoco raises whatever its GL loader raised
     gl = os.environ.get("MUJOCO_GL", "")
     check(False, f"MUJOCO_GL={gl}: mujoco cannot load this renderer ({error}). {GL_REMEDY}")
 
-HERE = Path(__file__).resolve().parent
 # fork spares each worker the import of torch, but is safe on Linux only
 START_METHOD = "fork" if sys.platform == "linux" else "spawn"
 # Set by torchrun; a script that was started alone is rank 0 of 1.
@@ -94,17 +95,13 @@ class Args:
 
     exp_name: str = "sac_clip_humanoid"  # name of the experiment, part of the run's folder
     seed: int = 1  # of networks, action noise, replay and every reset
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """where CLIP, networks and replay live; auto takes CUDA if there is one"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # of CLIP, networks, replay; auto: CUDA if any
     total_timesteps: int = 496_000  # environment steps, over all environments of all ranks
     num_envs: int = 16  # worker processes of each rank, one humanoid in each
-    eval_every: int = 16_000
-    """env steps between evaluations and videos; running episodes are cut short there"""
+    eval_every: int = 16_000  # env steps between evaluations; running episodes are cut short there
     eval_episodes: int = 16  # episodes of each task in each evaluation during training
-    final_episodes: int = 100
-    """episodes of each task in the evaluation at the end, on seeds that selected nothing"""
-    checkpoint_every: int = 16_000
-    """env steps between checkpoints; running episodes are cut short there"""
+    final_episodes: int = 100  # the same at the end of the run, on seeds that selected nothing
+    checkpoint_every: int = 16_000  # env steps between checkpoints; they cut episodes short too
     capture_video: bool = True  # record an episode at each evaluation, at 320 pixels
     resume: Path | None = None  # a run's folder to continue, with the arguments it was started with
     evaluate: Path | None = None
@@ -119,10 +116,8 @@ class Args:
     task: str = "kneeling"
     """a name in TASKS: its goal prompt, its baseline and its success predicate; or all: one agent
     for all of them, which is told its goal by the embedding of the prompt"""
-    textured: bool = True
-    """coloured limbs, sky and floor; --no-textured is the plain body (the paper's ablation)"""
-    camera: Literal["fixed", "track"] = "fixed"
-    """the paper's camera, or the one fixed to the body (the paper's ablation)"""
+    textured: bool = True  # coloured limbs, sky and floor, or the plain body (the paper's ablation)
+    camera: Literal["fixed", "track"] = "fixed"  # the paper's, or the body's own (its ablation)
     full_observation: bool = False
     """the policy sees all 348 numbers of Humanoid-v5 (the paper's), not the 45 of positions and
     velocities alone"""
@@ -137,9 +132,8 @@ class Args:
     goal: str | None = None
     """any sentence in place of the task's goal prompt; there is no success rate then"""
     baseline: str | None = None  # any sentence in place of the task's baseline prompt
-    alpha: float = 0.0
-    """strength of the goal-baseline regularisation, from 0 (cosine to the goal) to 1"""
-    clip_model: str = str(HERE / "tests" / "tiny_clip")
+    alpha: float = 0.0  # strength of the goal-baseline regularisation, from 0 (plain cosine) to 1
+    clip_model: str = str(Path(__file__).resolve().parent / "tests" / "tiny_clip")
     """folder, ARCH/TAG or ARCH/FILE of open_clip, or hf-hub:ID"""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """of CLIP; bf16 lets the networks multiply below float32 too (TF32 on CUDA, bf16 on a CPU);
@@ -213,7 +207,8 @@ def check_args(args: Args) -> None:
     remedy = f"cuts every episode of {MAX_STEPS} steps short; raise it to {least}"
     for name in ("eval_every", "checkpoint_every"):
         require(name, args.evaluate or getattr(args, name) >= least, remedy)
-    wandb = importlib.util.find_spec("wandb")
+    # W&B leaves a folder of its name behind, which Python takes for a package without an origin.
+    wandb = getattr(importlib.util.find_spec("wandb"), "origin", None)
     require("track", wandb or args.evaluate or not args.track, "no wandb here; pip install wandb")
     require("evaluate", WORLD_SIZE == 1 or args.evaluate is None, "start it without torchrun")
 
@@ -388,7 +383,8 @@ class HumanoidEnv(MujocoHumanoid):
     | 270-347 | external forces on the bodies                             | N m, N        |
 
     ## Rewards
-    Humanoid-v5's own running reward. The CLIP reward of a frame is computed outside, in batches.
+    Humanoid-v5's own running reward, to within 0.005, as `step` moves the bodies to where the state
+    says they are. The CLIP reward of a frame is computed outside, in batches.
 
     ## Starting State
     Standing, with uniform noise of 0.01 on every position and velocity.
@@ -438,6 +434,10 @@ class HumanoidEnv(MujocoHumanoid):
             width=width,
             height=height,
         )
+        gym.utils.EzPickle.__init__(  # for copies; the parent noted its own arguments
+            self, task, render_mode, textured, camera, terminate_when_unhealthy, full_observation,
+            width, height,
+        )  # fmt: skip
         self.metadata = HumanoidEnv.metadata
         shape = self.observation_space.shape
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, shape, np.float32)
@@ -531,16 +531,6 @@ class HumanoidEnv(MujocoHumanoid):
 gym.register("HumanoidCLIP-v0", HumanoidEnv, max_episode_steps=MAX_STEPS)
 
 
-def draw_one_frame() -> None:
-    """In a process of its own: a broken GL may crash or hang it."""
-    try:
-        env = HumanoidEnv(render_mode="rgb_array")
-        env.reset()
-        env.render()
-    except Exception as error:  # whatever the GL library raises; the parent names the remedy
-        raise SystemExit(f"{type(error).__name__}: {error}") from None
-
-
 class ActionRepeat(gym.Wrapper):
     """Keeps each action for some steps: their rewards add up, and the goal state is their share."""
 
@@ -556,25 +546,10 @@ class ActionRepeat(gym.Wrapper):
             goal_states.append(info.get("goal_state"))
             if terminated or truncated:
                 break
+        info["steps"] = len(goal_states)
         if "goal_state" in info:  # a free goal has none
             info["goal_state"] = sum(goal_states) / len(goal_states)
         return observation, total, terminated, truncated, info
-
-
-class FrameObservation(gym.ObservationWrapper):
-    """The state with the frame that shows it, drawn before any reset: {"state", "frame"}."""
-
-    def __init__(self, env: gym.Env):
-        super().__init__(env)
-        self.shape = (env.unwrapped.height, env.unwrapped.width, 3)
-        self.observation_space = gym.spaces.Dict(
-            state=env.observation_space, frame=gym.spaces.Box(0, 255, self.shape, np.uint8)
-        )
-
-    def observation(self, observation):
-        # A size of 0 means that nobody looks.
-        frame = self.render() if all(self.shape) else np.zeros(self.shape, np.uint8)
-        return {"state": observation, "frame": frame}
 
 
 def make_envs(args: Args, num_envs: int, size: int) -> gym.vector.AsyncVectorEnv:
@@ -582,10 +557,11 @@ def make_envs(args: Args, num_envs: int, size: int) -> gym.vector.AsyncVectorEnv
     main_process = os.getpid()
 
     def make_env():
-        if os.getpid() != main_process:  # a worker: Ctrl-C is for the parent, its death for both
+        if os.getpid() != main_process:  # in a worker, which leaves Ctrl-C to its parent
             parent = multiprocessing.parent_process()
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            # When the parent is gone, so is the worker.
             threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
             os.nice(10)  # on few cores they would keep the main process from its updates
         env = gym.make(
@@ -600,7 +576,15 @@ def make_envs(args: Args, num_envs: int, size: int) -> gym.vector.AsyncVectorEnv
             width=size,
             height=size,
         )
-        return FrameObservation(ActionRepeat(env, args.action_repeat))
+        env = ActionRepeat(env, args.action_repeat)
+        frames = gym.spaces.Box(0, 255, (size, size, 3), np.uint8)
+        # The frame shows the state, before any reset; a size of 0 means that nobody looks.
+        draw = env.render if size else lambda: np.zeros(frames.shape, np.uint8)
+        return gym.wrappers.TransformObservation(
+            env,
+            lambda state: {"state": state, "frame": draw()},
+            gym.spaces.Dict(state=env.observation_space, frame=frames),
+        )
 
     try:
         return gym.vector.AsyncVectorEnv(
@@ -620,16 +604,18 @@ def worker_failures(envs: gym.vector.AsyncVectorEnv, stage: str):
         yield
     except Exception as error:
         time.sleep(0.5)  # a pipe breaks a little before its process is gone
-        silent = [i for i, pipe in enumerate(envs.parent_pipes) if pipe is None or not pipe.poll()]
-        dead = [i for i, process in enumerate(envs.processes) if not process.is_alive()]
+        raised = [i for i, pipe in enumerate(envs.parent_pipes) if pipe is None]
+        silent = [i for i, pipe in enumerate(envs.parent_pipes) if pipe and not pipe.poll()]
+        dead = [] if raised else [i for i, p in enumerate(envs.processes) if not p.is_alive()]
         for process in envs.processes:
             process.kill()  # one that hangs in the driver ignores SIGTERM
         envs.closed = True  # its own close() would wait for them
         reason = (str(error) or type(error).__name__).splitlines()[0]
+        who, what = (dead, "died") if dead else (raised or silent, "failed")
         raise SystemExit(
-            f"{stage}: worker {dead or silent} of {envs.num_envs} {'died' if dead else 'failed'} "
-            f"({reason}). MUJOCO_GL is {os.environ.get('MUJOCO_GL')}: try a lower --num-envs, "
-            "MUJOCO_GL=osmesa, or a longer --worker-timeout"
+            f"{stage}: worker {who} of {envs.num_envs} {what} ({reason}). MUJOCO_GL is "
+            f"{os.environ.get('MUJOCO_GL')}: try a lower --num-envs, MUJOCO_GL=osmesa, or a longer "
+            f"--worker-timeout. {GL_REMEDY}"
         ) from None
 
 
@@ -704,7 +690,7 @@ class Replay:
         }
         atomic_save(part, folder / f"{start}-{self.head}.pt")
         for path in folder.glob("*-*.pt"):
-            if int(path.stem.split("-")[1]) <= first - self.rows:  # not even last.pt needs it
+            if int(path.stem.split("-")[1]) <= first - self.rows:  # gone before last.pt was made
                 path.unlink()
 
     def load(self, folder: Path, head: int) -> None:
@@ -726,63 +712,6 @@ class Replay:
             filled >= min(head, self.rows),
             f"--resume {folder.parents[1]}: files are missing in its replay/; restore them",
         )
-
-
-def collective(call: Callable, *args) -> None:
-    """Of all ranks. Where one died gloo raises, here in one line; NCCL leaves that to torchrun."""
-    try:
-        call(*args)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        raise SystemExit(
-            f"rank {RANK} of {WORLD_SIZE}: cannot reach the others ({reason}); --resume continues "
-            "a run from its last checkpoint"
-        ) from None
-
-
-@torch.compiler.disable
-def average(*tensors: torch.Tensor) -> None:
-    """Over all ranks, in place."""
-    if WORLD_SIZE > 1:
-        flat = torch.cat([tensor.flatten() for tensor in tensors])
-        collective(dist.all_reduce, flat)
-        parts = (flat / WORLD_SIZE).split([tensor.numel() for tensor in tensors])
-        for tensor, part in zip(tensors, parts, strict=True):
-            tensor.copy_(part.view(tensor.shape))
-
-
-def gather(value) -> list:
-    """The values of all ranks, in their order."""
-    values = [value] * WORLD_SIZE
-    if WORLD_SIZE > 1:
-        collective(dist.all_gather_object, values, value)
-    return values
-
-
-class CUDAGraph:
-    """A function of tensors, of the same shapes at each call, whose kernels are launched as one."""
-
-    def __init__(self, function: Callable):
-        self.function, self.calls = function, 0
-        self.graph, self.stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-
-    def __call__(self, *inputs: torch.Tensor):
-        self.calls += 1
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
-            if self.calls <= 3:  # it warms up: what is made once is not to be captured
-                self.outputs = self.function(*inputs)
-            else:
-                if self.calls == 4:
-                    self.inputs = [x.clone() for x in inputs]
-                    options = {"stream": self.stream, "capture_error_mode": "thread_local"}
-                    with torch.cuda.graph(self.graph, **options):  # while other threads go on
-                        self.outputs = self.function(*self.inputs)
-                for own, x in zip(self.inputs, inputs, strict=True):
-                    own.copy_(x)
-                self.graph.replay()
-        torch.cuda.current_stream().wait_stream(self.stream)
-        return self.outputs
 
 
 class Normaliser(nn.Module):
@@ -854,6 +783,63 @@ class Actor(nn.Module):
         return torch.tanh(u), (log_normal - log_jacobian).sum(-1)
 
 
+def collective(call: Callable, *args) -> None:
+    """Of all ranks. Where one died gloo raises, here in one line; NCCL leaves that to torchrun."""
+    try:
+        call(*args)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise SystemExit(
+            f"rank {RANK} of {WORLD_SIZE}: cannot reach the others ({reason}); --resume continues "
+            "a run from its last checkpoint"
+        ) from None
+
+
+@torch.compiler.disable
+def average(*tensors: torch.Tensor) -> None:
+    """Over all ranks, in place."""
+    if WORLD_SIZE > 1:
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        collective(dist.all_reduce, flat)
+        parts = (flat / WORLD_SIZE).split([tensor.numel() for tensor in tensors])
+        for tensor, part in zip(tensors, parts, strict=True):
+            tensor.copy_(part.view(tensor.shape))
+
+
+def gather(value) -> list:
+    """The values of all ranks, in their order."""
+    values = [value] * WORLD_SIZE
+    if WORLD_SIZE > 1:
+        collective(dist.all_gather_object, values, value)
+    return values
+
+
+class CUDAGraph:
+    """A function of tensors, of the same shapes at each call, whose kernels are launched as one."""
+
+    def __init__(self, function: Callable):
+        self.function, self.calls = function, 0
+        self.graph, self.stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+
+    def __call__(self, *inputs: torch.Tensor):
+        self.calls += 1
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            if self.calls <= 3:  # it warms up: what is made once is not to be captured
+                self.outputs = self.function(*inputs)
+            else:
+                if self.calls == 4:
+                    self.inputs = [x.clone() for x in inputs]
+                    options = {"stream": self.stream, "capture_error_mode": "thread_local"}
+                    with torch.cuda.graph(self.graph, **options):  # while other threads go on
+                        self.outputs = self.function(*self.inputs)
+                for own, x in zip(self.inputs, inputs, strict=True):
+                    own.copy_(x)
+                self.graph.replay()
+        torch.cuda.current_stream().wait_stream(self.stream)
+        return self.outputs
+
+
 class Row(NamedTuple):
     """One step of all N environments, on its way to the replay."""
 
@@ -866,29 +852,32 @@ class Row(NamedTuple):
     frame: np.ndarray  # [N, H, W, 3], of s_next
     done: np.ndarray  # [N], terminated or truncated
     ended: np.ndarray  # [N], done or cut short
+    steps: np.ndarray  # [N], for which the action was kept
 
 
 TRAINING, SELECTION, REPORT, NOISE = range(4)  # uses of --seed, each with a stream of its own
 
 
-def reset_seed(*key: int) -> int:
-    """32 bits from (seed, use, ...), such as an environment and its episode."""
+def stream_seed(*key: int) -> int:
+    """32 bits from --seed, the use, and what counts within it: a stream of its own for each."""
     return int(np.random.SeedSequence(key).generate_state(1)[0])
 
 
 def evaluate(envs, policy, score, tasks: list[str], episodes: int, key: tuple, args: Args):
-    """Play `episodes` of each task with `policy(state, goal) -> action in [-1, 1]`, [N, ...] each;
-    episode i starts from `reset_seed(*key, i)`. `score(frames [T, N, H, W, 3])`, T of actions,
-    returns the Future of their rewards [T, N, G]; None: no CLIP. Success is the paper's: the goal
-    state for at least half of an episode's steps; a free goal has no predicate, so no success rate.
+    """Play `episodes` of each task; returns the mean of their results, and a video.
 
-    Returns the means over the episodes, of several tasks also each one's success rate; and a film
-    of environment 0: its episodes until each task was begun.
+    `policy(state [N, O], goal [N])` gives actions in [-1, 1]; `score(frames [1, N, H, W, 3])` the
+    Future of their CLIP rewards [1, N, G], or it is None. Episode i starts from
+    `stream_seed(*key, i)` and pursues task i % len(tasks).
+
+    Success is the paper's: the goal state for at least half of the steps; a free goal has none. Of
+    several tasks each has a success rate too. The video is of environment 0, until each of them was
+    begun once.
     """
-    results, film, each = defaultdict(list), [], np.arange(envs.num_envs)
+    results, film, env_index = defaultdict(list), [], np.arange(envs.num_envs)
     for first in range(0, episodes * len(tasks), envs.num_envs):
-        goal = (first + each) % len(tasks)  # [N]
-        seeds = [reset_seed(*key, first + i) for i in range(envs.num_envs)]
+        goal = (first + env_index) % len(tasks)  # [N]
+        seeds = [stream_seed(*key, first + i) for i in range(envs.num_envs)]
         frames, played, rewards, scores, goal_states = [], [], [], [], []
         running = np.ones(envs.num_envs, bool)
         with worker_failures(envs, "evaluation"):
@@ -905,14 +894,14 @@ def evaluate(envs, policy, score, tasks: list[str], episodes: int, key: tuple, a
             played.append(running)
             rewards.append(reward)
             if "goal_state" in info:  # a free goal has none
-                goal_states.append(info["goal_state"].reshape(envs.num_envs, -1)[each, goal])
+                goal_states.append(info["goal_state"].reshape(envs.num_envs, -1)[env_index, goal])
             running = running & ~np.logical_or(*ends)
         if first < len(tasks):
             film.append(np.stack(frames).repeat(args.action_repeat, 0))
         played = np.stack(played)  # [T, N]
         results["episodic_return"] += (played * rewards).sum(0).tolist()
         if score is not None:
-            scores = np.concatenate([future.result() for future in scores])[:, each, goal]
+            scores = np.concatenate([future.result() for future in scores])[:, env_index, goal]
             results["clip_return"] += (played * scores).sum(0).tolist()
         if goal_states:
             goal_state = (played * goal_states).sum(0) / played.sum(0)
@@ -943,24 +932,19 @@ def write_video(film: np.ndarray, path: Path, writer: SummaryWriter | None, step
 def load_checkpoint(run: Path, name: str, option: str) -> dict:
     try:
         state = torch.load(run / name, map_location="cpu", weights_only=True)
-        flags = state["args"].keys()
+        same = state["args"].keys() == asdict(Args()).keys()
     except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         check(False, f"{option} {run}: cannot load its {name} ({reason}); name a run that has one")
-    check(
-        flags == asdict(Args()).keys(),
-        f"{option} {run}: another version of this script made its {name}; go on with that version",
-    )
+    check(same, f"{option} {run}: another version of this script made its {name}; take that one")
     return state
 
 
 def parse_args() -> Args:
     """The command line; for a run that exists, on top of the arguments it was started with."""
     args = tyro.cli(Args, description=__doc__)
-    check(
-        args.resume is None or args.evaluate is None,
-        f"--evaluate {args.evaluate}: not together with --resume; one after the other",
-    )
+    both = args.resume and args.evaluate
+    check(not both, f"--evaluate {args.evaluate}: not together with --resume; one after the other")
     run = args.resume or args.evaluate
     if run is None:
         return args
@@ -1000,19 +984,14 @@ def main() -> None:
         # torch.cuda.is_bf16_supported would start CUDA before the fork
         has_bf16 = device == "cuda" or torch.cpu._is_amx_tile_supported()
         args.precision = "bf16" if has_bf16 else "fp32"
-    if args.reward == "clip" or args.capture_video or args.evaluate is not None:
-        probe = multiprocessing.get_context(START_METHOD).Process(target=draw_one_frame)
-        probe.start()
-        probe.join(args.worker_timeout)
-        probe.kill()  # one that hangs in the driver ignores SIGTERM, and our exit would wait for it
-        check(
-            probe.exitcode == 0,
-            f"MUJOCO_GL={os.environ.get('MUJOCO_GL')}: cannot render here. {GL_REMEDY}",
-        )
     # The workers are forked before this process touches CUDA or loads CLIP.
     envs = make_envs(args, args.num_envs, args.frame_size if args.reward == "clip" else 0)
-    films = args.capture_video and RANK == 0 or args.evaluate is not None
-    video_envs = make_envs(args, 1, 320) if films else None
+    records = args.capture_video and RANK == 0 or args.evaluate is not None
+    video_envs = make_envs(args, 1, 320) if records else None
+    for workers in filter(None, (envs, video_envs)):  # can all of them draw here?
+        with worker_failures(workers, "first frame"):
+            workers.reset_async()
+            workers.reset_wait(timeout=args.worker_timeout)
     if device == "cuda":
         torch.cuda.set_device(LOCAL_RANK)
     if WORLD_SIZE > 1:
@@ -1059,7 +1038,7 @@ def main() -> None:
     if args.ent_coef is None:  # its loss and the actor's share no gradient: one pass serves both
         actor_weights.append(log_ent_coef.requires_grad_())
     actor_optimizer = torch.optim.Adam(actor_weights, **adam)
-    generator = torch.Generator(device).manual_seed(reset_seed(args.seed, NOISE, RANK))
+    generator = torch.Generator(device).manual_seed(stream_seed(args.seed, NOISE, RANK))
     random = {"generator": generator, "device": device}
     learned = {
         "normaliser": normaliser, "actor": actor, "agent": agent, "critic": critic,
@@ -1125,8 +1104,8 @@ def main() -> None:
         return
 
     replay = Replay(args.buffer_size, args.num_envs, obs_dim, act_dim, len(tasks), device)
-    name = f"HumanoidCLIP-v0__{args.exp_name}__{args.seed}__{int(1000 * time.time())}"
-    run = args.resume or Path("runs") / gather(name)[0]
+    run_name = f"HumanoidCLIP-v0__{args.exp_name}__{args.seed}__{int(1000 * time.time())}"
+    run = args.resume or Path("runs") / gather(run_name)[0]
     replay_folder = run / "replay" / str(RANK)
     replay_folder.mkdir(parents=True, exist_ok=args.resume is not None)
     step, saved_head, best_return = 0, 0, -math.inf
@@ -1145,16 +1124,17 @@ def main() -> None:
         episode[:] = own["episode"]
         replay.load(replay_folder, saved_head)
     arguments = asdict(args) | {"resume": None, "evaluate": None}  # of the run, not of this start
-    if args.track and RANK == 0:
-        import wandb
-
-        wandb.init(
-            project=args.wandb_project_name, entity=args.wandb_entity, name=run.name,
-            config=arguments, sync_tensorboard=True, save_code=True,
-        )  # fmt: skip
-    table = "\n".join(f"|{key}|{value}|" for key, value in arguments.items())
     if RANK == 0:
+        if args.track:
+            import wandb
+
+            wandb.init(
+                project=args.wandb_project_name, entity=args.wandb_entity, name=run.name,
+                id=run.name, resume="allow", config=arguments, sync_tensorboard=True,
+                save_code=True,
+            )  # fmt: skip
         writer = SummaryWriter(run, purge_step=step + 1 if args.resume else None)
+        table = "\n".join(f"|{key}|{value}|" for key, value in arguments.items())
         writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}", step)
         (run / "args.json").write_text(json.dumps(arguments, indent=2) + "\n")
 
@@ -1181,14 +1161,15 @@ def main() -> None:
     def reset(ended: np.ndarray) -> dict[str, np.ndarray]:
         """Start the next episode of the environments that ended, seeded by its number."""
         first = RANK * args.num_envs
-        seeds = [reset_seed(args.seed, TRAINING, first + i, int(n)) for i, n in enumerate(episode)]
+        seeds = [stream_seed(args.seed, TRAINING, first + i, int(n)) for i, n in enumerate(episode)]
         episode[ended] += 1
         with worker_failures(envs, f"step {step}: reset"):
             envs.reset_async(seed=seeds, options={"reset_mask": ended})
             return envs.reset_wait(timeout=args.worker_timeout)[0]
 
     def update(s_t, a_t, r_t, s_next, terminated_t, noise) -> dict[str, torch.Tensor]:
-        """One gradient step of critics, actor and temperature on a batch; returns the losses."""
+        """One gradient step of critics, actor and temperature on a batch, whose states are what
+        the networks see of them; returns the losses."""
         ent_coef = log_ent_coef.detach().exp()
         with torch.no_grad():
             a_next, log_pi_next = actor.sample(s_next, noise[0])
@@ -1222,7 +1203,7 @@ def main() -> None:
         update = CUDAGraph(update) if device == "cuda" else update
 
     greedy = round(args.greedy_envs * args.num_envs)  # environments that act without noise
-    each = np.arange(args.num_envs)
+    env_index = np.arange(args.num_envs)
     observation = reset(np.ones(args.num_envs, bool))
     pending = []  # rows that CLIP's thread does not have yet
     scoring = []  # batches of rows that it has, each with its rewards to come
@@ -1244,7 +1225,7 @@ def main() -> None:
     while step < args.total_timesteps:
         # ---- Act; at each reset an environment moves on to the next goal
         s = torch.from_numpy(observation["state"]).to(device)  # [N, O]
-        goal = (RANK * args.num_envs + each + episode) % len(tasks)  # [N]
+        goal = (RANK * args.num_envs + env_index + episode) % len(tasks)  # [N]
         if step < args.learning_starts:
             a = 2 * torch.rand(args.num_envs, act_dim, **random) - 1  # [N, A]
         else:
@@ -1258,24 +1239,25 @@ def main() -> None:
         lap("act")
 
         # ---- Update, while the workers step and render and CLIP scores
-        ready = step >= args.learning_starts and replay.head > 0  # the first scores come late
-        due = int((step + stride) * args.updates_per_step) - int(step * args.updates_per_step)
+        updates = int((step + stride) * args.updates_per_step) - int(step * args.updates_per_step)
+        if step < args.learning_starts or replay.head == 0:  # the first scores come late
+            updates = 0
         remaining = 1 - step / args.total_timesteps if args.anneal_lr else 1
         learning_rate.fill_(args.learning_rate * remaining)
-        for _ in range(due if ready else 0):
+        for _ in range(updates):
             s_t, a_t, r_t, s_next, terminated_t, g = replay.sample(args.batch_size, generator)
             if len(tasks) > 1:  # hindsight: every frame was scored for every goal
                 relabel = torch.rand(len(g), **random) < args.relabel_fraction
                 g = torch.where(relabel, torch.randint(len(tasks), g.shape, **random), g)  # [B]
             r_t = r_t.gather(1, g[:, None])[:, 0]  # [B, G] -> [B]
-            s_t, s_next = network_input(s_t, g), network_input(s_next, g)
+            x_t, x_next = network_input(s_t, g), network_input(s_next, g)  # [B, O + E]
             noise = torch.randn(2, *a_t.shape, **random)
-            losses = update(s_t, a_t, r_t, s_next, terminated_t, noise)
+            losses = update(x_t, a_t, r_t, x_next, terminated_t, noise)
         lap("update")
 
         # ---- Step
         with worker_failures(envs, f"step {step}"):
-            next_observation, reward, terminated, truncated, _ = envs.step_wait(args.worker_timeout)
+            next_observation, reward, *ends, info = envs.step_wait(args.worker_timeout)
         lap("env")
         step += stride
         last = step >= args.total_timesteps
@@ -1283,27 +1265,29 @@ def main() -> None:
         evaluates = last or step % args.eval_every < stride
         saves = last or step % args.checkpoint_every < stride
         cuts = evaluates or saves  # the running episodes short
+        terminated, truncated = ends
         done = terminated | truncated
         ended = done | cuts
         s_next = torch.from_numpy(next_observation["state"]).to(device)
         frame = next_observation["frame"]
-        pending.append(Row(s, a, reward, s_next, terminated, goal, frame, done, ended))
+        kept = info["steps"]
+        pending.append(Row(s, a, reward, s_next, terminated, goal, frame, done, ended, kept))
 
         # ---- Hand the frames of several steps to CLIP's thread as one batch, and store the batch
-        # before it, which was scored meanwhile. Evaluations and checkpoints wait for all, so that
-        # a checkpoint has nothing that is pending.
+        # before it, which was scored meanwhile.
         if len(pending) == args.score_every or cuts:
             frames = np.stack([row.frame for row in pending])  # [T, N, H, W, 3]
             scoring.append((pending, score(frames) if score else None))
             pending = []
+        # A checkpoint has nothing that is pending, so the last batch is waited for.
         while len(scoring) > (0 if cuts else 1):
             rows, future = scoring.pop(0)
             rewards = future.result() if future else np.stack([r.reward for r in rows])[..., None]
             stop_if_nan("the reward", [torch.from_numpy(rewards)])
             for row, r in zip(rows, rewards, strict=True):  # of a step: r [N, G] of [T, N, G]
-                gained = {"episodic_return": row.reward, "episodic_length": args.action_repeat}
+                gained = {"episodic_return": row.reward, "episodic_length": row.steps}
                 if score:
-                    gained["clip_return"] = r[each, row.goal]
+                    gained["clip_return"] = r[env_index, row.goal]
                 for name, value in gained.items():
                     totals[name] += value
                     finished[f"charts/{name}"] += totals[name][row.done].tolist()
@@ -1326,8 +1310,7 @@ def main() -> None:
             for name, value in summary.items():
                 writer.add_scalar(f"eval/{name}", value, step)
             # The bar has no room for those of eight tasks.
-            short = {k: f"{v:.4g}" for k, v in summary.items() if not k.startswith("success_rate_")}
-            bar.set_postfix(short)
+            bar.set_postfix({k: v for k, v in summary.items() if not k.startswith("success_rate_")})
             selected = summary["clip_return" if score else "episodic_return"]
             if selected > best_return:
                 best_return = selected

@@ -213,6 +213,8 @@ def test_an_episode_can_begin_on_the_way_with_the_toy_in_the_hand(env):
     for seed in range(40):
         env.reset(seed=seed, options={"goal": place, "in_hand": 0.5})
         held += env.held == 0
+        toys = np.array([env.toy_position(i)[:2] for i in range(1, len(env.toys))])
+        assert np.linalg.norm(toys - env.position, axis=1).min() > 0.4  # it stands in none
     assert 8 < held < 32
 
 

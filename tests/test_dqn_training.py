@@ -25,7 +25,6 @@ from dqn_clip_playhouse import (  # first: it puts torch before the first GL con
     Replay,
     after_stage_one,
     calibrate,
-    check_args,
     evaluate,
     family_scores,
     main,
@@ -60,23 +59,23 @@ def test_scores_equal_a_slow_softmax_over_the_familys_training_goals():
 
 def test_placing_counts_once_the_toy_was_in_the_hand_and_no_longer_is():
     rng = torch.Generator().manual_seed(0)
-    scores, beta = torch.rand(12, 5, ALL, generator=rng), torch.full((ALL,), 0.8)
+    reached = torch.rand(12, 5, ALL, generator=rng) > 0.8
     carried, stage_one = torch.zeros(5, ALL, dtype=torch.bool), torch.tensor(STAGE_ONE)
     parts = []
-    for block in scores.split(4):  # as in training: what was carried goes on to the next block
-        part, carried = after_stage_one(block, beta, carried, stage_one)
+    for block in reached.split(4):  # as in training: what was carried goes on to the next block
+        part, carried = after_stage_one(block, carried, stage_one)
         parts.append(part)
     counted = torch.cat(parts)
     for i, goal in enumerate(GOALS):
         lift = GOALS.index(Goal("lift", goal.colour, goal.kind))
         for n in range(5):
             for t in range(12):
-                held = scores[: t + 1, n, lift] > 0.8
+                held = reached[: t + 1, n, lift]
                 counts = goal.family != "place" or bool(held[:t].any() and not held[t])
-                assert counted[t, n, i] == (scores[t, n, i] if counts else -math.inf)
+                assert counted[t, n, i] == (reached[t, n, i] and counts)
     assert carried.any() and not carried.all()
-    same, _ = after_stage_one(scores, beta, carried, torch.arange(ALL))  # one stage each
-    assert torch.equal(same, scores)
+    same, _ = after_stage_one(reached, carried, torch.arange(ALL))  # one stage each
+    assert torch.equal(same, reached)
 
 
 def test_beta_lets_the_stated_share_of_negatives_pass():
@@ -167,12 +166,9 @@ def test_an_evaluation_acts_on_what_was_judged_of_the_block_before():
 STEPS, ENVS = 4, 3
 
 
-BETA = torch.full((ALL,), 0.995)
-
-
 def fill(replay: Replay, blocks: int, seed: int = 0, first: int = 0):
     """Random episodes of whole blocks. Returns {first pixel: (episode key, step of it, env)} of
-    every frame, and for each episode its goal and its steps: (action, scores [G])."""
+    every frame, and for each episode its goal and its steps: (action, reached [G])."""
     rng = np.random.default_rng(seed)
     # Each frame is told by its pixels: a running number, in base 256.
     numbers, steps, counter = {}, {}, first * 1000
@@ -187,28 +183,30 @@ def fill(replay: Replay, blocks: int, seed: int = 0, first: int = 0):
     episode, age = np.full(ENVS, first), np.zeros(ENVS, np.int64)
     goal = rng.integers(TRAIN, size=ENVS)
     frame = [photograph(n, (n, episode[n]), 0) for n in range(ENVS)]
-    taken = torch.zeros(ENVS, TRACES)
+    taken, generator = torch.zeros(ENVS, TRACES), torch.Generator().manual_seed(seed)
     for _ in range(blocks):
-        frames, actions, traces, scores = [torch.stack(frame)], [], [], []
+        frames, actions, traces, reached = [torch.stack(frame)], [], [taken], []
         for k in range(STEPS):
             actions.append(torch.from_numpy(rng.integers(len(ACTIONS), size=ENVS)).byte())
-            traces.append(taken)
             taken = remember(taken, actions[-1].long())
-            scores.append(torch.from_numpy(rng.random((ENVS, TRAIN))).float())
+            traces.append(taken)
+            reached.append(torch.from_numpy(rng.random((ENVS, TRAIN)) > 0.995))
             for n in range(ENVS):
                 key = n, int(episode[n])
-                steps.setdefault(key, (int(goal[n]), []))[1].append((actions[-1][n], scores[-1][n]))
+                steps.setdefault(key, (int(goal[n]), []))[1].append(
+                    (actions[-1][n], reached[-1][n])
+                )
                 frame[n] = photograph(n, (n, episode[n]), int(age[n]) + k + 1)
             frames.append(torch.stack(frame))
         replay.add(
-            BETA, seen=torch.stack(frames), action=torch.stack(actions), traces=torch.stack(traces),
-            score=torch.stack(scores), goal=torch.from_numpy(goal.copy()),
-            age=torch.from_numpy(age.copy()),
+            generator, seen=torch.stack(frames), action=torch.stack(actions),
+            traces=torch.stack(traces), reached=torch.stack(reached),
+            goal=torch.from_numpy(goal.copy()), age=torch.from_numpy(age.copy()),
         )  # fmt: skip
         age += STEPS
         for n in np.flatnonzero(rng.random(ENVS) < 0.3):
             episode[n], age[n], goal[n] = episode[n] + 1, 0, rng.integers(TRAIN)
-            taken[n] = 0
+            taken = taken.index_fill(0, torch.tensor(n), 0)
             frame[n] = photograph(n, (n, episode[n]), 0)
     return numbers, steps
 
@@ -231,20 +229,20 @@ def number(pixel: torch.Tensor) -> int:
 
 
 @pytest.mark.parametrize("blocks", [20, 200])
-@pytest.mark.parametrize(("stack", "n_step"), [(1, 1), (3, 1), (1, 5), (3, 5)])
-def test_replay_returns_true_transitions_of_its_latest_blocks(blocks, stack, n_step):
-    replay = Replay(50 * STEPS * ENVS, STEPS, PHOTOGRAPHS, stack, "cpu")
+@pytest.mark.parametrize("n_step", [1, 5])
+def test_replay_returns_true_transitions_of_its_latest_blocks(blocks, n_step):
+    replay = Replay(50 * STEPS * ENVS, STEPS, PHOTOGRAPHS, "cpu")
     numbers, steps = fill(replay, blocks)
     generator = torch.Generator().manual_seed(0)
     B = 12_000
-    s, a, r, s_next, n, goal = replay.sample(B, BETA, 0.5, n_step, generator)
-    assert s[0].shape == (B, 8, 8, 3 * stack) and s[0].dtype == torch.uint8
+    s, a, r, s_next, n, goal = replay.sample(B, 0.5, n_step, generator)
+    assert s[0].shape == (B, 8, 8, 3) and s[0].dtype == torch.uint8
     own, reached_later, lengths, seen = 0, 0, set(), set()
     for i in range(B):
-        key, at = numbers[number(s[0][i, 0, 0, -3:])]
+        key, at = numbers[number(s[0][i, 0, 0])]
         own_goal, episode = steps[key]
         seen.add((key, at))
-        reached = [bool(score[goal[i]] > 0.995) for _, score in episode]
+        reached = [bool(goals[goal[i]]) for _, goals in episode]
         length = min(n_step, len(episode) - at)
         if any(reached[at : at + length]):
             length = reached.index(True, at) + 1 - at
@@ -255,11 +253,7 @@ def test_replay_returns_true_transitions_of_its_latest_blocks(blocks, stack, n_s
         actions = [action for action, _ in episode]
         for traces, end in ((s[1][i], at), (s_next[1][i], at + length)):
             assert (traces - traces_of(actions[:end])).abs().max() < 2e-3  # kept in float16
-        for back in range(stack):  # the oldest frame comes first, and none from before the start
-            pixels = slice(3 * (stack - 1 - back), 3 * (stack - back))
-            assert numbers[number(s[0][i, 0, 0, pixels])] == (key, max(at - back, 0))
-            later = max(at + length - back, 0)
-            assert numbers[number(s_next[0][i, 0, 0, pixels])] == (key, later)
+        assert numbers[number(s_next[0][i, 0, 0])] == (key, at + length)
         if goal[i] == own_goal:
             own += 1
         else:  # hindsight: it is reached now or later in this episode
@@ -276,42 +270,59 @@ def test_replay_returns_true_transitions_of_its_latest_blocks(blocks, stack, n_s
 
 
 def test_hindsight_draws_a_family_and_then_one_of_its_goals():
-    replay = Replay(STEPS * ENVS * 2, STEPS, PHOTOGRAPHS, 1, "cpu")
+    replay = Replay(STEPS * ENVS * 2, STEPS, PHOTOGRAPHS, "cpu")
     families = [goal.family for goal in TRAIN_GOALS]
     reached = [families.index("find") + i for i in range(20)] + [families.index("place")]
-    beta, generator = torch.full((ALL,), 0.5), torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     for block in range(2):
-        score = torch.zeros(STEPS, ENVS, TRAIN)
+        now = torch.zeros(STEPS, ENVS, TRAIN, dtype=torch.bool)
         for n in range(ENVS):  # all at once, in the second block; but in only one home it is placed
-            score[..., n, reached if n == 1 else reached[n:-1]] = float(block)
+            now[..., n, reached if n == 1 else reached[n:-1]] = block == 1
         replay.add(
-            beta, seen=PHOTOGRAPHS.expand(STEPS + 1, -1, -1, -1, -1),
+            generator, seen=PHOTOGRAPHS.expand(STEPS + 1, -1, -1, -1, -1),
             action=torch.zeros(STEPS, ENVS, dtype=torch.uint8),
-            traces=torch.zeros(STEPS, ENVS, TRACES),
-            score=score, goal=torch.full((ENVS,), 30), age=torch.full((ENVS,), STEPS * block),
+            traces=torch.zeros(STEPS + 1, ENVS, TRACES),
+            reached=now, goal=torch.full((ENVS,), 30), age=torch.full((ENVS,), STEPS * block),
         )  # fmt: skip
-    *_, goal = replay.sample(6000, beta, 1.0, 1, generator)
+    *_, goal = replay.sample(6000, 1.0, 1, generator)
     goal = goal[goal != 30]
     places = (goal == reached[-1]).float().mean()
     assert len(goal) > 500 and 0.45 < places < 0.55 and set(goal.tolist()) <= set(reached)
+    assert len(set(goal.tolist())) >= 4  # one of each home's at random, not the first
+
+
+def test_what_holds_from_the_start_was_not_arrived_at():
+    """Else most of what hindsight draws for lifting would be toys that were in the hand already."""
+    replay, generator = Replay(STEPS * ENVS * 3, STEPS, PHOTOGRAPHS, "cpu"), torch.Generator()
+    for block in range(2):
+        now = torch.zeros(STEPS, ENVS, TRAIN, dtype=torch.bool)
+        now[:, 0, 5] = True  # from the first frame to the last
+        now[2:, 1, 6] = block == 1
+        replay.add(
+            generator, seen=PHOTOGRAPHS.expand(STEPS + 1, -1, -1, -1, -1),
+            action=torch.zeros(STEPS, ENVS, dtype=torch.uint8),
+            traces=torch.zeros(STEPS + 1, ENVS, TRACES), reached=now,
+            goal=torch.full((ENVS,), 30), age=torch.full((ENVS,), STEPS * block),
+        )  # fmt: skip
+    assert replay.arrivals.tolist() == [[1, 2, 1, FAMILIES.index(TRAIN_GOALS[6].family)]]
 
 
 def test_no_relabelling_leaves_every_goal_its_own():
-    replay = Replay(50 * STEPS * ENVS, STEPS, PHOTOGRAPHS, 1, "cpu")
+    replay = Replay(50 * STEPS * ENVS, STEPS, PHOTOGRAPHS, "cpu")
     numbers, steps = fill(replay, 20)
-    beta, generator = torch.full((ALL,), 0.5), torch.Generator().manual_seed(0)
-    s, *_, goal = replay.sample(500, beta, 0.0, 3, generator)
+    generator = torch.Generator().manual_seed(0)
+    s, *_, goal = replay.sample(500, 0.0, 3, generator)
     for i in range(500):
         assert goal[i] == steps[numbers[number(s[0][i, 0, 0])][0]][0]
 
 
 def test_replay_comes_back_from_its_files(tmp_path):
     def empty():
-        return Replay(20 * STEPS * ENVS, STEPS, PHOTOGRAPHS, 2, "cpu")
+        return Replay(20 * STEPS * ENVS, STEPS, PHOTOGRAPHS, "cpu")
 
     def draw(replay):
         generator = torch.Generator().manual_seed(0)
-        s, a, r, s_next, n, goal = replay.sample(500, BETA, 0.5, 3, generator)
+        s, a, r, s_next, n, goal = replay.sample(500, 0.5, 3, generator)
         return *s, a, r, *s_next, n, goal
 
     replay, saved = empty(), 0
@@ -332,6 +343,7 @@ def test_shrink_is_the_mean_of_squares():
     frames = np.random.default_rng(0).integers(256, size=(2, 12, 12, 3), dtype=np.uint8)
     expected = frames.reshape(2, 4, 3, 4, 3, 3).mean((2, 4)).astype(np.uint8)
     np.testing.assert_array_equal(shrink(frames, 4, "cpu").numpy(), expected)
+    assert shrink(frames, 8, "cpu").shape == (2, 8, 8, 3)  # 12 is no multiple of 8
 
 
 @pytest.mark.parametrize(
@@ -475,8 +487,8 @@ def test_the_other_reward_calibration_and_stack_train_as_well(tmp_path, random_c
     assert state["step"] == 1616 and state["optimizer"]["param_groups"][0]["lr"] == 0
     of_find = torch.tensor([goal.family == "find" for goal in GOALS])
     replay = torch.load(only_run(tmp_path) / "replay" / "0" / "50-100.pt", weights_only=True)
-    scores = replay["score"][..., ~of_find[:TRAIN]]
-    assert (scores == -math.inf).all()  # never reached, as they are not trained
+    assert not replay["reached"][..., ~of_find[:TRAIN]].any()  # as they are not trained
+    assert replay["seen"].shape[-1] == 6
     (beta,) = state["beta"][of_find].unique()
     assert 0 < beta < 1
     report = json.loads((only_run(tmp_path) / "report.json").read_text())
@@ -491,13 +503,15 @@ def test_to_place_a_toy_is_to_lift_it_first(tmp_path, random_clip):
     assert result.returncode == 0, result.stderr
     folder = only_run(tmp_path) / "replay" / "0"
     parts = [torch.load(folder / f"{name}.pt", weights_only=True) for name in ("0-50", "50-100")]
-    score, goal, age = (torch.cat([part[k] for part in parts]) for k in ("score", "goal", "age"))
+    reached, goal, age = (
+        torch.cat([part[k] for part in parts]) for k in ("reached", "goal", "age")
+    )
     families = {True: [], False: []}
     for block in range(1, 100):
         for n in range(4):
             now = GOALS[goal[block, n]]
             lift = now._replace(family="lift", place=None)
-            in_hand = score[block - 1, -1, n, GOALS.index(lift)] > 1 / 38
+            in_hand = reached[block - 1, -1, n, GOALS.index(lift)]
             families[bool(age[block, n] > 0 and in_hand)].append(now.family)
     assert len(families[True]) > 40 and set(families[True]) == {"place"}
     # Before it is in the hand, half of the blocks are trained for the goal itself all the same.
@@ -620,8 +634,6 @@ def test_goals_are_told_apart_and_learned(tmp_path, monkeypatch, random_clip):
             ["--policy-size", "36", "--policy-input", "pixels"],
             ["--policy-size 36", "multiple of 8"],
         ),
-        (["--frame-size", "224", "--policy-input", "pixels"], ["--policy-size 48", "224"]),
-        (["--frame-stack", "9"], ["--frame-stack 9", "--score-every"]),
         (["--relabel-fraction", "-0.5"], ["--relabel-fraction -0.5"]),
         (["--in-hand", "2"], ["--in-hand 2"]),
         (["--buffer-size", "500"], ["--buffer-size 500", "3200"]),
@@ -646,15 +658,11 @@ def test_bad_input_is_one_line(tmp_path, random_clip, flags, words, monkeypatch,
     assert not (tmp_path / "runs").exists()
 
 
-def test_the_size_of_pixels_matters_only_to_who_sees_them():
-    check_args(Args(frame_size=224))
-
-
 def test_a_replay_that_does_not_fit_is_refused(capsys):
     with pytest.raises(SystemExit):
-        Replay(10**10, 4, torch.zeros(16, 48, 48, 3, dtype=torch.uint8), 1, "cpu")
+        Replay(10**10, 4, torch.zeros(16, 48, 48, 3, dtype=torch.uint8), "cpu")
     errors = capsys.readouterr().err
-    assert errors.startswith("--buffer-size 10000000000: takes 88") and errors.count("\n") == 1
+    assert errors.startswith("--buffer-size 10000000000: takes 83") and errors.count("\n") == 1
 
 
 def test_a_resumed_run_keeps_its_arguments(finished, monkeypatch, capsys):
