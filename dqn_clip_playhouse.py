@@ -81,6 +81,7 @@ LOCAL_WORLD_SIZE = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # ranks on this m
 FAMILIES = ("find", "lift", "place")
 MAX_STEPS = 100  # of an episode
 VIDEO_SIZE = 320  # pixels
+LAYOUT = 2  # of checkpoints and replay files; one more whenever they change
 
 
 @dataclass
@@ -1406,7 +1407,7 @@ def write_video(film: np.ndarray, path: Path, writer: SummaryWriter | None, step
 def load_checkpoint(run: Path, name: str, option: str) -> dict:
     try:
         state = torch.load(run / name, map_location="cpu", weights_only=True)
-        same = state["args"].keys() == asdict(Args()).keys()
+        same = state["args"].keys() == asdict(Args()).keys() and state.get("layout") == LAYOUT
     except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         check(False, f"{option} {run}: cannot load its {name} ({reason}); name a run that has one")
@@ -1423,13 +1424,8 @@ def parse_args() -> Args:
     if run is None:
         return args
     # What may differ from the run's own arguments; the rest would make it another run.
-    free = {
-        "resume",
-        "evaluate",
-        "device",
-        "worker_timeout",
-        "clip_model",
-    }  # one CLIP: see load_agent
+    # Another CLIP is no other path: load_agent tells it by its embeddings.
+    free = {"resume", "evaluate", "device", "worker_timeout", "clip_model"}
     if args.resume:
         state, free = load_checkpoint(run, "last.pt", "--resume"), free | {"total_timesteps"}
         ranks = len(state["ranks"])
@@ -1665,6 +1661,7 @@ def main() -> None:
 
     def save_checkpoint(name: str, ranks: list[dict]) -> None:
         state = {
+            "layout": LAYOUT,
             "args": {**arguments, "resume": None},
             "q_network": q_network.state_dict(),
             "target": target.state_dict(),

@@ -672,3 +672,18 @@ def test_a_resumed_run_keeps_its_arguments(finished, monkeypatch, capsys):
     errors = capsys.readouterr().err
     assert exit_.value.code == 2 and errors.count("\n") == 1
     assert re.search(r"--gamma 0.9: .* was started with 0.95", errors)
+
+
+@pytest.mark.parametrize(("option", "name"), [("--resume", "last.pt"), ("--evaluate", "best.pt")])
+def test_a_checkpoint_of_another_layout_is_one_line(
+    option, name, finished, tmp_path, monkeypatch, capsys
+):
+    state = torch.load(finished[0] / name, weights_only=True)
+    del state["layout"]  # as before there was one
+    torch.save(state, tmp_path / name)
+    monkeypatch.setattr(sys, "argv", [SCRIPT, option, str(tmp_path)])
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    errors = capsys.readouterr().err
+    assert exit_.value.code == 2 and errors.count("\n") == 1
+    assert f"{option} {tmp_path}: another version of this script made its {name}" in errors
