@@ -1089,7 +1089,7 @@ class Replay:
     """A ring of blocks: K steps of all N environments, and the frames that follow the last of them.
 
     Environments are reset only between blocks, so that within one s' is simply the next frame, and
-    goal and episode are constant. Each step keeps its scores for all training goals. Step t,
+    goal and episode are constant. Each step keeps which of all training goals it reached. Step t,
     counted from the run's first, is row t % K of block t // K, which lies at slot t // K % M.
     """
 
@@ -1220,66 +1220,9 @@ class Replay:
         )
 
 
-def collective(call: Callable, *args) -> None:
-    """Of all ranks. Where one died gloo raises, here in one line; NCCL leaves that to torchrun."""
-    try:
-        call(*args)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        raise SystemExit(
-            f"rank {RANK} of {WORLD_SIZE}: cannot reach the others ({reason}); --resume continues "
-            "a run from its last checkpoint"
-        ) from None
-
-
-@torch.compiler.disable
-def average(*tensors: torch.Tensor) -> None:
-    """Over all ranks, in place."""
-    if WORLD_SIZE > 1:
-        flat = torch.cat([tensor.flatten() for tensor in tensors])
-        collective(dist.all_reduce, flat)
-        parts = (flat / WORLD_SIZE).split([tensor.numel() for tensor in tensors])
-        for tensor, part in zip(tensors, parts, strict=True):
-            tensor.copy_(part.view(tensor.shape))
-
-
-def gather(value) -> list:
-    """The values of all ranks, in their order."""
-    values = [value] * WORLD_SIZE
-    if WORLD_SIZE > 1:
-        collective(dist.all_gather_object, values, value)
-    return values
-
-
-class CUDAGraph:
-    """A function of tensors, of the same shapes at each call, whose kernels are launched as one."""
-
-    def __init__(self, function: Callable):
-        self.function, self.calls = function, 0
-        self.graph, self.stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-
-    def __call__(self, *inputs: torch.Tensor):
-        self.calls += 1
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
-            if self.calls <= 3:  # it warms up: what is made once is not to be captured
-                self.outputs = self.function(*inputs)
-            else:
-                if self.calls == 4:
-                    self.inputs = [x.clone() for x in inputs]
-                    options = {"stream": self.stream, "capture_error_mode": "thread_local"}
-                    with torch.cuda.graph(self.graph, **options):  # while other threads go on
-                        self.outputs = self.function(*self.inputs)
-                for own, x in zip(self.inputs, inputs, strict=True):
-                    own.copy_(x)
-                self.graph.replay()
-        torch.cuda.current_stream().wait_stream(self.stream)
-        return self.outputs
-
-
 class QNetwork(nn.Module):
     """Q(s, g, a) of what is seen [B, h, w, C k], the traces of the actions before [B, 27] and the
-    text embeddings of the goal and of its landmark [B, 2, C] -> [B, 9].
+    text embeddings of the goal and of its landmark [B, 2, C] -> [B, 9]. Entries are of about 1.
 
     Of CLIP's cells two maps say where the goal's toy and its place are: the products of each cell
     with the two texts. Half of the others come from 1 x 1 filters that the goal writes.
@@ -1337,6 +1280,63 @@ def shrink(frames: np.ndarray, size: int, device) -> torch.Tensor:
     """uint8 [N, H, W, 3] -> uint8 [N, size, size, 3], the mean of each square of pixels."""
     x = torch.from_numpy(frames).to(device).permute(0, 3, 1, 2).float()
     return F.adaptive_avg_pool2d(x, size).permute(0, 2, 3, 1).byte()
+
+
+def collective(call: Callable, *args) -> None:
+    """Of all ranks. Where one died gloo raises, here in one line; NCCL leaves that to torchrun."""
+    try:
+        call(*args)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise SystemExit(
+            f"rank {RANK} of {WORLD_SIZE}: cannot reach the others ({reason}); --resume continues "
+            "a run from its last checkpoint"
+        ) from None
+
+
+@torch.compiler.disable
+def average(*tensors: torch.Tensor) -> None:
+    """Over all ranks, in place."""
+    if WORLD_SIZE > 1:
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        collective(dist.all_reduce, flat)
+        parts = (flat / WORLD_SIZE).split([tensor.numel() for tensor in tensors])
+        for tensor, part in zip(tensors, parts, strict=True):
+            tensor.copy_(part.view(tensor.shape))
+
+
+def gather(value) -> list:
+    """The values of all ranks, in their order."""
+    values = [value] * WORLD_SIZE
+    if WORLD_SIZE > 1:
+        collective(dist.all_gather_object, values, value)
+    return values
+
+
+class CUDAGraph:
+    """A function of tensors, of the same shapes at each call, whose kernels are launched as one."""
+
+    def __init__(self, function: Callable):
+        self.function, self.calls = function, 0
+        self.graph, self.stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+
+    def __call__(self, *inputs: torch.Tensor):
+        self.calls += 1
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            if self.calls <= 3:  # it warms up: what is made once is not to be captured
+                self.outputs = self.function(*inputs)
+            else:
+                if self.calls == 4:
+                    self.inputs = [x.clone() for x in inputs]
+                    options = {"stream": self.stream, "capture_error_mode": "thread_local"}
+                    with torch.cuda.graph(self.graph, **options):  # while other threads go on
+                        self.outputs = self.function(*self.inputs)
+                for own, x in zip(self.inputs, inputs, strict=True):
+                    own.copy_(x)
+                self.graph.replay()
+        torch.cuda.current_stream().wait_stream(self.stream)
+        return self.outputs
 
 
 def evaluate(
