@@ -920,8 +920,11 @@ def tour(path: Path, seed: int) -> list[str]:
     goals = [goal for goal in TRAIN_GOALS if goal.family == "place"]
     goal = goals[seed % len(goals)]
     env = PlayhouseEnv("rgb_array", width=VIDEO_SIZE, height=VIDEO_SIZE)
-    film = [env.reset(seed=seed, options={"goal": goal})[0]]
-    missed = []
+    try:
+        film, missed = [env.reset(seed=seed, options={"goal": goal})[0]], []
+    except Exception as error:  # whatever the GL library raises
+        gl = os.environ.get("MUJOCO_GL")
+        check(False, f"MUJOCO_GL={gl}: --tour cannot render here ({error}). {GL_REMEDY}")
     for stage in (*(Goal(family, goal.colour, goal.kind) for family in ("find", "lift")), goal):
         film += [env.step(action)[0] for action in scripted(env, stage)]
         if not env.in_goal_state(stage):
@@ -1099,6 +1102,8 @@ class Replay:
         self.slots = M = capacity // (N * K)
         self.num_envs, self.steps, self.device = N, K, device
         self.head = 0  # the next block
+        columns = COLUMNS["train"].values()  # of each family's goals
+        self.columns = [torch.tensor(goals, device=device) for goals in columns]
         rings = {
             "seen": ((M, K + 1, *seen.shape), seen.dtype),
             "traces": ((M, K + 1, N, TRACES), torch.float16),  # of the actions before
@@ -1136,10 +1141,9 @@ class Replay:
         new = reached & ~torch.cat([before[None], reached[:-1]])
         # Of several goals of a family at once, which a softmax never reaches, any one.
         lot = new * torch.rand(new.shape, generator=generator, device=self.device)
-        for family, columns in enumerate(COLUMNS["train"].values()):
+        for family, columns in enumerate(self.columns):
             best, which = lot[..., columns].max(-1)  # [K, N]
-            goals = 1 + torch.tensor(columns, device=self.device)
-            d["arrival"][slot, ..., family] = (best > 0) * goals[which]
+            d["arrival"][slot, ..., family] = (best > 0) * (1 + columns[which])
         self.head += 1
         self._list_arrivals()
 
@@ -1424,7 +1428,7 @@ def parse_args() -> Args:
     if run is None:
         return args
     # What may differ from the run's own arguments; the rest would make it another run.
-    # Another CLIP is no other path: load_agent tells it by its embeddings.
+    # The CLIP may lie elsewhere by now; load_agent checks that it is the same one.
     free = {"resume", "evaluate", "device", "worker_timeout", "clip_model"}
     if args.resume:
         state, free = load_checkpoint(run, "last.pt", "--resume"), free | {"total_timesteps"}
@@ -1518,8 +1522,8 @@ def main() -> None:
     learning_rate = torch.tensor(args.learning_rate, device=device)
     adam = {"lr": learning_rate, "fused": True, "capturable": device == "cuda"}
     optimizer = torch.optim.Adam(q_network.parameters(), **adam)
-    beta = 0.5 if args.reward == "env" else args.beta or 0.0  # between false and true
-    beta = torch.full((len(GOALS),), beta, device=device)
+    threshold = 0.5 if args.reward == "env" else args.beta or 0.0  # 0.5: between false and true
+    beta = torch.full((len(GOALS),), threshold, device=device)
     generator = torch.Generator(device).manual_seed(stream_seed(args.seed, NOISE, RANK))
 
     # ---- Scores of frames, goals to pursue, actions

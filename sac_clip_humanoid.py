@@ -100,7 +100,7 @@ class Args:
     num_envs: int = 16  # worker processes of each rank, one humanoid in each
     eval_every: int = 16_000  # env steps between evaluations; running episodes are cut short there
     eval_episodes: int = 16  # episodes of each task in each evaluation during training
-    final_episodes: int = 100  # the same at the end of the run, on seeds that selected nothing
+    final_episodes: int = 100  # of each task in the report at the end; its seeds selected nothing
     checkpoint_every: int = 16_000  # env steps between checkpoints; they cut episodes short too
     capture_video: bool = True  # record an episode at each evaluation, at 320 pixels
     resume: Path | None = None  # a run's folder to continue, with the arguments it was started with

@@ -687,3 +687,17 @@ def test_a_checkpoint_of_another_layout_is_one_line(
     errors = capsys.readouterr().err
     assert exit_.value.code == 2 and errors.count("\n") == 1
     assert f"{option} {tmp_path}: another version of this script made its {name}" in errors
+
+
+def test_a_tour_that_cannot_render_is_one_line(tmp_path, monkeypatch, capsys):
+    def broken(*args):
+        raise RuntimeError("no display")
+
+    monkeypatch.setattr("mujoco.Renderer", broken)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [SCRIPT, "--tour"])
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    errors = capsys.readouterr().err
+    assert exit_.value.code == 2 and errors.count("\n") == 1
+    assert "MUJOCO_GL" in errors and "no display" in errors and "libegl1" in errors

@@ -1,5 +1,6 @@
 """The humanoid, its predicates, the parts of SAC against slow references, and whole runs."""
 
+import copy
 import json
 import math
 import os
@@ -729,6 +730,32 @@ def test_a_dead_or_hanging_worker_ends_the_run_in_one_line(
     time.sleep(1)
     assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
     assert networks(only_run(tmp_path))
+
+
+def test_workers_that_cannot_draw_end_the_run_before_it_begins(tmp_path, monkeypatch):
+    def broken(self):
+        raise RuntimeError("no display")
+
+    monkeypatch.setattr(HumanoidEnv, "render", broken)  # the workers are forked
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [SCRIPT, *SMALL])
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    assert re.match(r"first frame: worker .* of 4 failed .*libegl1", exit_.value.code)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_copy_of_the_environment_is_like_it():
+    env = copy.deepcopy(HumanoidEnv("lotus", camera="track", full_observation=True, width=48))
+    assert (env.task, env.camera, env.width, env.textured) == ("lotus", "track", 48, True)
+    assert env.reset(seed=0)[0].shape == (348,)
+
+
+def test_a_repeated_action_tells_how_often_it_was_taken():
+    repeated = ActionRepeat(HumanoidEnv(terminate_when_unhealthy=True), 100)
+    repeated.reset(seed=0)
+    _, _, terminated, _, info = repeated.step(np.zeros(17, np.float32))
+    assert terminated and 10 < info["steps"] < 100  # it falls
 
 
 class Broken(gym.Env):
