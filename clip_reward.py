@@ -117,7 +117,7 @@ def load_clip(model: str, device: str | torch.device) -> tuple[torch.nn.Module, 
 
 
 def fold_batch_norms(resnet: ModifiedResNet) -> None:
-    """Into the convolutions before them: the same embeddings with less work."""
+    """Folds each one into the convolution before it: the same embeddings with less work."""
     for block in list(resnet.modules()):
         for conv, norm in (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"), ("0", "1")):
             parts = [getattr(block, name, None) for name in (conv, norm)]
@@ -127,9 +127,9 @@ def fold_batch_norms(resnet: ModifiedResNet) -> None:
 
 
 def without_stride(layer: torch.nn.Sequential) -> torch.nn.Sequential:
-    """A ResNet's layer that keeps the size of its map, with the same weights: where it would have
-    halved it, the convolutions that follow are dilated (arXiv 1412.7062). Every second cell of
-    every second row is what the layer itself makes of its input."""
+    """A copy of a ResNet's layer, with the same weights, that does not halve its map: the stride
+    becomes 1, and the convolutions after it are dilated instead (arXiv 1412.7062). Every second
+    cell of every second row is the layer's own output."""
     layer = copy.deepcopy(layer, memo={id(weight): weight for weight in layer.parameters()})
     for pool in layer.modules():
         if isinstance(pool, torch.nn.AvgPool2d):
@@ -266,11 +266,12 @@ class CLIPReward(torch.nn.Module):
             # Two linear maps in a row, with no attention between them, are one.
             weight = pool.c_proj.weight @ pool.v_proj.weight
             cells = F.linear(x.permute(0, 2, 3, 1), weight, pool.c_proj(pool.v_proj.bias))
-            return pool(x[..., ::2, ::2]), cells
+            return pool(x[..., ::2, ::2]), cells  # every second cell is layer4's own output
         output = self.clip.forward_intermediates(images, image_indices=2)  # of the last two layers
-        x = output["image_intermediates"][0]  # [B, C, h, w]
-        itself = torch.full([x[0, 0].numel()] * 2, -math.inf, device=x.device).fill_diagonal_(0)
-        tokens = visual.transformer.resblocks[-1](x.flatten(2).mT, attn_mask=itself)
+        x = output["image_intermediates"][0]  # [B, C, h, w], which the last layer reads
+        n = x.shape[-2] * x.shape[-1]
+        itself = torch.full((n, n), -math.inf, device=x.device).fill_diagonal_(0)
+        tokens = visual.transformer.resblocks[-1](x.flatten(2).mT, attn_mask=itself)  # [B, n, C]
         cells = (visual.ln_post(tokens) @ visual.proj).unflatten(1, x.shape[-2:])
         return output["image_features"], cells
 
@@ -299,9 +300,11 @@ class CLIPReward(torch.nn.Module):
         if settings["resize_mode"] == "squash":
             resized = (h, w)
         else:
-            # Cover h x w (torchvision rounds down) or fit into it (open_clip rounds).
-            pick, whole = (max, int) if settings["resize_mode"] == "shortest" else (min, round)
-            scale = pick(Fraction(h, height), Fraction(w, width))
+            # "shortest" covers h x w, and torchvision rounds down; "longest" fits into it, and
+            # open_clip rounds to the nearest.
+            covers = settings["resize_mode"] == "shortest"
+            scale = (max if covers else min)(Fraction(h, height), Fraction(w, width))
+            whole = int if covers else round
             resized = (max(1, whole(height * scale)), max(1, whole(width * scale)))
         if resized != (height, width):
             # A CPU resizes bytes as PIL does, ten times faster than floats; CUDA knows only floats.

@@ -30,7 +30,7 @@ import signal
 import sys
 import threading
 import time
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -86,6 +86,8 @@ RANK, LOCAL_RANK = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RAN
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 LOCAL_WORLD_SIZE = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # ranks on this machine
 MAX_STEPS = 100  # of an episode
+VIDEO_SIZE = 320  # pixels
+LAYOUT = 2  # of checkpoints and replay files; one more whenever they change
 ACTION_SCALE = 0.4  # control limit of Humanoid-v5; policies act in [-1, 1]
 
 
@@ -434,7 +436,7 @@ class HumanoidEnv(MujocoHumanoid):
             width=width,
             height=height,
         )
-        gym.utils.EzPickle.__init__(  # for copies; the parent noted its own arguments
+        gym.utils.EzPickle.__init__(  # copies are made from these; the parent noted its own
             self, task, render_mode, textured, camera, terminate_when_unhealthy, full_observation,
             width, height,
         )  # fmt: skip
@@ -499,10 +501,13 @@ class HumanoidEnv(MujocoHumanoid):
         y = pelvis[:, 1] * (1, 1, 0)  # its left, laid on the floor
         y /= np.linalg.norm(y) + 1e-9
         heading = np.stack([[y[1], -y[0], 0.0], y, [0.0, 0.0, 1.0]], 1)  # columns x, y, z
-        seat, seat_tilt = data.geom("butt").xpos, abs(data.geom("butt").xmat[8])  # of its axis
+        seat = data.geom("butt").xpos
+        seat_tilt = abs(data.geom("butt").xmat[8])  # cosine of its axis to the vertical
         under_seat = seat * (1, 1, 0)
         com = self.model.body_mass @ data.xipos / self.model.body_mass.sum()
         knees, feet, hands = bodies("shin"), geoms("foot"), geoms("hand")
+        # The numbers are radii of humanoid.xml's shapes: of the seat 0.09, and 0.07 along its axis;
+        # of the shins 0.049, of the feet 0.075, of the head 0.09.
         return Pose(
             upright=float(trunk[2, 2]),
             chest_height=float(chest[2]),
@@ -557,13 +562,12 @@ def make_envs(args: Args, num_envs: int, size: int) -> gym.vector.AsyncVectorEnv
     main_process = os.getpid()
 
     def make_env():
-        if os.getpid() != main_process:  # in a worker, which leaves Ctrl-C to its parent
-            parent = multiprocessing.parent_process()
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if os.getpid() != main_process:  # which makes one too, to ask for its spaces
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            # When the parent is gone, so is the worker.
+            os.nice(10)  # on few cores workers would keep the main process from its updates
+            parent = multiprocessing.parent_process()  # when it is gone, so is the worker
             threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-            os.nice(10)  # on few cores they would keep the main process from its updates
         env = gym.make(
             "HumanoidCLIP-v0",
             disable_env_checker=True,
@@ -604,6 +608,7 @@ def worker_failures(envs: gym.vector.AsyncVectorEnv, stage: str):
         yield
     except Exception as error:
         time.sleep(0.5)  # a pipe breaks a little before its process is gone
+        # gymnasium sets the pipe of a worker that raised to None and stops it: dead, but no cause.
         raised = [i for i, pipe in enumerate(envs.parent_pipes) if pipe is None]
         silent = [i for i, pipe in enumerate(envs.parent_pipes) if pipe and not pipe.poll()]
         dead = [] if raised else [i for i, p in enumerate(envs.processes) if not p.is_alive()]
@@ -620,10 +625,10 @@ def worker_failures(envs: gym.vector.AsyncVectorEnv, stage: str):
 
 
 def atomic_save(state: dict, path: Path) -> None:
-    """A file that is there is whole, wherever the run was killed."""
-    part = path.with_suffix(".part")
-    torch.save(state, part)
-    os.replace(part, path)
+    """A kill at any moment leaves the old file or the new one, never half of one."""
+    unfinished = path.with_suffix(".part")
+    torch.save(state, unfinished)
+    os.replace(unfinished, path)
 
 
 class Replay:
@@ -637,8 +642,6 @@ class Replay:
     ):
         self.rows, self.num_envs, self.device = capacity // num_envs, num_envs, device
         self.head = 0  # the next row to write; row t lies at t % rows
-        self.starts = deque()  # the rows with a transition that are still there, oldest first
-        self.added = 0  # transitions, in rows
         parts = (obs_dim,), (act_dim,), (num_goals,), (), ()
         shapes = [(self.rows, num_envs, *part) for part in parts]
         need = 4 * sum(map(math.prod, shapes))  # bytes
@@ -651,30 +654,23 @@ class Replay:
             f"{memory / 2**30:.1f} GiB; lower it",
         )
         self.data = [torch.zeros(shape, device=device) for shape in shapes]
-        # The same rows as in `starts`, on the device to sample from
-        self.start_ring = torch.zeros(self.rows, dtype=torch.int64, device=device)
+        self.has_transition = torch.zeros(self.rows, dtype=torch.bool, device=device)
 
     def add(self, s, a, r, s_next, terminated, goal, ended: bool) -> None:
         """s [N, O], a [N, A], r [N, G], s' [N, O], terminated [N], goal [N]; whether any episode
         ended."""
+        row, following = self.head % self.rows, (self.head + 1) % self.rows
         for ring, value in zip(self.data, (s, a, r, terminated, goal), strict=True):
-            ring[self.head % self.rows] = torch.as_tensor(value)
-        self.data[0][(self.head + 1) % self.rows] = s_next
-        self._start(self.head)
+            ring[row] = torch.as_tensor(value)
+        self.data[0][following] = s_next
+        self.has_transition[row], self.has_transition[following] = True, False
+        self.sampled_rows = self.has_transition.nonzero()[:, 0]
         self.head += 2 if ended else 1
-        while self.starts[0] <= self.head - self.rows:  # overwritten
-            self.starts.popleft()
-
-    def _start(self, row: int) -> None:
-        self.starts.append(row)
-        self.start_ring[self.added % self.rows] = row % self.rows
-        self.added += 1
 
     def sample(self, batch_size: int, generator: torch.Generator) -> list[torch.Tensor]:
         """s [B, O], a [B, A], r [B, G], s' [B, O], terminated [B], goal [B]."""
         options = {"size": (batch_size,), "generator": generator, "device": self.device}
-        i = torch.randint(self.added - len(self.starts), self.added, **options)
-        row = self.start_ring[i % self.rows]
+        row = self.sampled_rows[torch.randint(len(self.sampled_rows), **options)]
         env = torch.randint(self.num_envs, **options)
         s, a, r, terminated, goal = (ring[row, env] for ring in self.data)
         return [s, a, r, self.data[0][(row + 1) % self.rows, env], terminated, goal.long()]
@@ -686,7 +682,7 @@ class Replay:
         slots = torch.arange(start, self.head) % self.rows
         part = {
             "data": [ring[slots].cpu() for ring in self.data],
-            "starts": [row for row in self.starts if row >= start],
+            "has_transition": self.has_transition[slots].cpu(),
         }
         atomic_save(part, folder / f"{start}-{self.head}.pt")
         for path in folder.glob("*-*.pt"):
@@ -704,10 +700,9 @@ class Replay:
             rows = torch.arange(end - len(part["data"][0]), end)
             for ring, value in zip(self.data, part["data"], strict=True):
                 ring[rows % self.rows] = value
-            for row in part["starts"]:
-                if row > head - self.rows:
-                    self._start(row)
+            self.has_transition[rows % self.rows] = part["has_transition"]
             filled += int((rows >= head - self.rows).sum())
+        self.sampled_rows = self.has_transition.nonzero()[:, 0]
         check(
             filled >= min(head, self.rows),
             f"--resume {folder.parents[1]}: files are missing in its replay/; restore them",
@@ -724,13 +719,14 @@ class Normaliser(nn.Module):
         self.register_buffer("var", torch.ones(dim))
 
     def update(self, x: torch.Tensor) -> None:  # [M, O]
+        """Merges its mean and variance with those of x over all ranks (Chan et al., 1979)."""
         n, mean = len(x) * WORLD_SIZE, x.mean(0)
         average(mean)
         var = ((x - mean) ** 2).mean(0)
         average(var)
         total, delta = self.count + n, mean - self.mean
-        squares = self.var * self.count + var * n  # summed, of the deviations from either mean
-        self.var.copy_((squares + delta**2 * self.count * n / total) / total)
+        squares = self.var * self.count + var * n + delta**2 * self.count * n / total
+        self.var.copy_(squares / total)
         self.mean += delta * n / total
         self.count.copy_(total)
 
@@ -784,7 +780,7 @@ class Actor(nn.Module):
 
 
 def collective(call: Callable, *args) -> None:
-    """Of all ranks. Where one died gloo raises, here in one line; NCCL leaves that to torchrun."""
+    """Of all ranks. If one died gloo raises, which here is one line; NCCL leaves it to torchrun."""
     try:
         call(*args)
     except RuntimeError as error:
@@ -797,7 +793,7 @@ def collective(call: Callable, *args) -> None:
 
 @torch.compiler.disable
 def average(*tensors: torch.Tensor) -> None:
-    """Over all ranks, in place."""
+    """Replaces each tensor by its mean over all ranks."""
     if WORLD_SIZE > 1:
         flat = torch.cat([tensor.flatten() for tensor in tensors])
         collective(dist.all_reduce, flat)
@@ -815,7 +811,11 @@ def gather(value) -> list:
 
 
 class CUDAGraph:
-    """A function of tensors, of the same shapes at each call, whose kernels are launched as one."""
+    """A function of tensors, of the same shapes at each call, whose kernels are launched as one.
+
+    Three calls run as they are, to make what is made once (Adam's state, workspaces); the fourth is
+    captured, and from then on replayed. The next call overwrites the outputs of the last.
+    """
 
     def __init__(self, function: Callable):
         self.function, self.calls = function, 0
@@ -825,10 +825,10 @@ class CUDAGraph:
         self.calls += 1
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
-            if self.calls <= 3:  # it warms up: what is made once is not to be captured
+            if self.calls <= 3:
                 self.outputs = self.function(*inputs)
             else:
-                if self.calls == 4:
+                if self.calls == 4:  # capturing alone runs nothing
                     self.inputs = [x.clone() for x in inputs]
                     options = {"stream": self.stream, "capture_error_mode": "thread_local"}
                     with torch.cuda.graph(self.graph, **options):  # while other threads go on
@@ -932,7 +932,7 @@ def write_video(film: np.ndarray, path: Path, writer: SummaryWriter | None, step
 def load_checkpoint(run: Path, name: str, option: str) -> dict:
     try:
         state = torch.load(run / name, map_location="cpu", weights_only=True)
-        same = state["args"].keys() == asdict(Args()).keys()
+        same = state["args"].keys() == asdict(Args()).keys() and state.get("layout") == LAYOUT
     except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         check(False, f"{option} {run}: cannot load its {name} ({reason}); name a run that has one")
@@ -949,9 +949,10 @@ def parse_args() -> Args:
     if run is None:
         return args
     # What may differ from the run's own arguments; the rest would make it another run.
-    free = {"resume", "evaluate", "device", "worker_timeout"}
+    may_differ = {"resume", "evaluate", "device", "worker_timeout"}
     if args.resume:
-        state, free = load_checkpoint(run, "last.pt", "--resume"), free | {"total_timesteps"}
+        state = load_checkpoint(run, "last.pt", "--resume")
+        may_differ |= {"total_timesteps"}
         ranks = len(state["ranks"])
         check(
             ranks == WORLD_SIZE,
@@ -959,15 +960,15 @@ def parse_args() -> Args:
         )
     else:
         state = load_checkpoint(run, "best.pt", "--evaluate")
-        free |= {"final_episodes", "num_envs", "precision", "clip_model"}
+        may_differ |= {"final_episodes", "num_envs", "precision", "clip_model"}
     saved = Args(**state["args"])
     if os.path.isabs(saved.clip_model) and not os.path.exists(saved.clip_model):
-        free |= {"clip_model"}  # its folder was moved, or this is another machine
+        may_differ |= {"clip_model"}  # its folder was moved, or this is another machine
     args = tyro.cli(Args, default=saved, description=__doc__)
     for name, old in asdict(saved).items():
         new = getattr(args, name)
         check(
-            old == new or name in free,
+            old == new or name in may_differ,
             f"--{name.replace('_', '-')} {new}: {run} was started with {old}; leave it out",
         )
     return args
@@ -987,7 +988,7 @@ def main() -> None:
     # The workers are forked before this process touches CUDA or loads CLIP.
     envs = make_envs(args, args.num_envs, args.frame_size if args.reward == "clip" else 0)
     records = args.capture_video and RANK == 0 or args.evaluate is not None
-    video_envs = make_envs(args, 1, 320) if records else None
+    video_envs = make_envs(args, 1, VIDEO_SIZE) if records else None
     for workers in filter(None, (envs, video_envs)):  # can all of them draw here?
         with worker_failures(workers, "first frame"):
             workers.reset_async()
@@ -1054,7 +1055,7 @@ def main() -> None:
     clip_thread = ThreadPoolExecutor(1, initializer=start_clip)
 
     def clip_rewards(frames: np.ndarray) -> np.ndarray:
-        """Of frames [T, N, H, W, 3], each for all steps of its action: [T, N, G]."""
+        """CLIP's rewards [T, N, G] of frames [T, N, H, W, 3], times the steps each stands for."""
         rewards = clip(frames.reshape(-1, *frames.shape[2:])).unflatten(0, frames.shape[:2])
         return args.action_repeat * rewards.cpu().numpy()
 
@@ -1073,21 +1074,21 @@ def main() -> None:
     def final_report(run: Path) -> None:
         """The best and the last agent, beside a random and a motionless one, on unseen seeds."""
         rng = np.random.default_rng(args.seed)
-        policies = {
+        players = {
             "random": lambda s, goal: rng.uniform(-1, 1, (len(s), act_dim)).astype(np.float32),
             "zero": lambda s, goal: np.zeros((len(s), act_dim), np.float32),
             "last": policy,
             "best": policy,
         }
         report, key = {}, (args.seed, REPORT)
-        for name, act in policies.items():
+        for name, play in players.items():
             if name == "last" and not (run / "last.pt").exists():
                 continue  # killed between its first evaluation and its first checkpoint
-            if act is policy:
+            if play is policy:  # with the agent that was loaded last: best, in the video
                 state = load_checkpoint(run, f"{name}.pt", "--evaluate")
                 agent.load_state_dict(state["agent"])
                 normaliser.load_state_dict(state["normaliser"])
-            report[name], _ = evaluate(envs, act, score, tasks, args.final_episodes, key, args)
+            report[name], _ = evaluate(envs, play, score, tasks, args.final_episodes, key, args)
             print(f"{name:>6}:", ", ".join(f"{k} {v:.3f}" for k, v in report[name].items()))
         if args.evaluate is None:  # a replay, perhaps of fewer episodes, leaves the run's report
             (run / "report.json").write_text(json.dumps(report, indent=2) + "\n")
@@ -1112,16 +1113,23 @@ def main() -> None:
     episode = np.zeros(args.num_envs, np.int64)  # how often each environment was reset
     if args.resume is not None:
         state = load_checkpoint(run, "last.pt", "--resume")
-        own = state["ranks"][RANK]
+        rank_state = state["ranks"][RANK]
+        if clip is not None:
+            saved = state["prompts"].to(device)
+            check(
+                saved.shape == clip.goal.shape and (saved * clip.goal).sum(-1).min() > 0.99,
+                f"--clip-model {args.clip_model}: not the CLIP of {run}; name that one",
+            )
         for name, part in learned.items():
             part.load_state_dict(state[name])
         for optimizer in (critic_optimizer, actor_optimizer):
-            optimizer.param_groups[0] |= adam  # what was saved is a copy, perhaps of another device
+            # The loop's own learning_rate, not the copy of it that was saved
+            optimizer.param_groups[0] |= adam
         log_ent_coef.data.copy_(state["log_ent_coef"])
         if state["device"] == device:  # else the noise starts anew
-            generator.set_state(own["generator"])
-        step, saved_head, best_return = state["step"], own["replay_head"], state["best_return"]
-        episode[:] = own["episode"]
+            generator.set_state(rank_state["generator"])
+        step, best_return = state["step"], state["best_return"]
+        saved_head, episode[:] = rank_state["replay_head"], rank_state["episode"]
         replay.load(replay_folder, saved_head)
     arguments = asdict(args) | {"resume": None, "evaluate": None}  # of the run, not of this start
     if RANK == 0:
@@ -1141,9 +1149,11 @@ def main() -> None:
     def save_checkpoint(name: str, ranks: list[dict]) -> None:
         state = {key: part.state_dict() for key, part in learned.items()}
         state |= {
+            "layout": LAYOUT,
             "args": arguments,
             "log_ent_coef": log_ent_coef.detach(),
             "goal_input": goal_input,
+            "prompts": clip.goal if clip is not None else None,  # tell one CLIP from another
             "device": device,
             "ranks": ranks,
             "step": step,
@@ -1157,6 +1167,11 @@ def main() -> None:
                 f"step {step}: {stage} is not finite; checkpoints in {run} are from before it. "
                 "Start anew with a lower --learning-rate or --precision fp32"
             )
+
+    def lap(stage: str) -> None:
+        nonlocal clock
+        seconds[stage] += time.time() - clock
+        clock = time.time()
 
     def reset(ended: np.ndarray) -> dict[str, np.ndarray]:
         """Start the next episode of the environments that ended, seeded by its number."""
@@ -1212,11 +1227,6 @@ def main() -> None:
     seconds = dict.fromkeys(("act", "update", "env", "clip", "evaluate", "checkpoint"), 0.0)
     started = clock = time.time()
 
-    def lap(stage: str) -> None:
-        nonlocal clock
-        seconds[stage] += time.time() - clock
-        clock = time.time()
-
     first_step = step
     stride = args.num_envs * args.action_repeat * WORLD_SIZE  # env steps per action of all ranks
     bar = tqdm(
@@ -1262,46 +1272,51 @@ def main() -> None:
         step += stride
         last = step >= args.total_timesteps
         # The first step at or past each multiple, whatever --num-envs is
-        evaluates = last or step % args.eval_every < stride
-        saves = last or step % args.checkpoint_every < stride
-        cuts = evaluates or saves  # the running episodes short
+        evaluate_now = last or step % args.eval_every < stride
+        save_now = last or step % args.checkpoint_every < stride
+        # Both cut the running episodes short: an evaluation needs the environments, and a resume
+        # starts with new episodes, as no simulator's state is saved.
+        cut = evaluate_now or save_now
         terminated, truncated = ends
         done = terminated | truncated
-        ended = done | cuts
+        ended = done | cut
         s_next = torch.from_numpy(next_observation["state"]).to(device)
         frame = next_observation["frame"]
-        kept = info["steps"]
-        pending.append(Row(s, a, reward, s_next, terminated, goal, frame, done, ended, kept))
+        steps = info["steps"]
+        pending.append(Row(s, a, reward, s_next, terminated, goal, frame, done, ended, steps))
 
         # ---- Hand the frames of several steps to CLIP's thread as one batch, and store the batch
         # before it, which was scored meanwhile.
-        if len(pending) == args.score_every or cuts:
+        if len(pending) == args.score_every or cut:
             frames = np.stack([row.frame for row in pending])  # [T, N, H, W, 3]
             scoring.append((pending, score(frames) if score else None))
             pending = []
         # A checkpoint has nothing that is pending, so the last batch is waited for.
-        while len(scoring) > (0 if cuts else 1):
+        while len(scoring) > (0 if cut else 1):
             rows, future = scoring.pop(0)
-            rewards = future.result() if future else np.stack([r.reward for r in rows])[..., None]
+            if future is not None:
+                rewards = future.result()  # [T, N, G]
+            else:  # --reward env
+                rewards = np.stack([row.reward for row in rows])[..., None]  # [T, N, 1]
             stop_if_nan("the reward", [torch.from_numpy(rewards)])
-            for row, r in zip(rows, rewards, strict=True):  # of a step: r [N, G] of [T, N, G]
+            for row, r in zip(rows, rewards, strict=True):  # r [N, G], of one step
+                transition = row.s, row.a, r, row.s_next, row.terminated, row.goal
+                replay.add(*transition, ended=row.ended.any())
                 gained = {"episodic_return": row.reward, "episodic_length": row.steps}
                 if score:
-                    gained["clip_return"] = r[env_index, row.goal]
+                    gained["clip_return"] = r[env_index, row.goal]  # [N]
                 for name, value in gained.items():
                     totals[name] += value
                     finished[f"charts/{name}"] += totals[name][row.done].tolist()
                     totals[name][row.ended] = 0
-                transition = row.s, row.a, r, row.s_next, row.terminated, row.goal
-                replay.add(*transition, ended=row.ended.any())
             normaliser.update(torch.cat([row.s_next for row in rows]))
         lap("clip")
 
         # ---- Evaluate, log, save, reset
-        if cuts:
+        if cut:
             networks = (*actor.parameters(), *critic.parameters(), *normaliser.buffers())
             stop_if_nan("a network", (*networks, log_ent_coef))
-        if evaluates and RANK == 0:  # the others wait in the next average or gather
+        if evaluate_now and RANK == 0:  # the others wait in the next average or gather
             key = args.seed, SELECTION
             summary, _ = evaluate(envs, policy, score, tasks, args.eval_episodes, key, args)
             if video_envs is not None:
@@ -1316,7 +1331,7 @@ def main() -> None:
                 best_return = selected
                 save_checkpoint("best.pt", ranks=[])
             lap("evaluate")
-        if saves or step // stride % 100 == 0:
+        if save_now or step // stride % 100 == 0:
             stop_if_nan("a loss", losses.values())
             if RANK == 0:
                 scalars = {f"losses/{name}": value.item() for name, value in losses.items()}
@@ -1326,11 +1341,11 @@ def main() -> None:
                 for name, value in scalars.items():
                     writer.add_scalar(name, value, step)
             finished.clear()
-        if saves:
+        if save_now:
             replay.save(replay_folder, saved_head)
             saved_head = replay.head
-            own = {"generator": generator.get_state(), "episode": episode.tolist()}
-            ranks = gather(own | {"replay_head": saved_head})
+            rank_state = {"generator": generator.get_state(), "episode": episode.tolist()}
+            ranks = gather(rank_state | {"replay_head": saved_head})
             if RANK == 0:  # now all have their replay on disk
                 writer.flush()  # first: a resume logs nothing again that is before last.pt
                 save_checkpoint("last.pt", ranks)
