@@ -71,7 +71,6 @@ except Exception as error:  # mujoco raises whatever its GL loader raised
     gl = os.environ.get("MUJOCO_GL", "")
     check(False, f"MUJOCO_GL={gl}: mujoco cannot load this renderer ({error}). {GL_REMEDY}")
 
-HERE = Path(__file__).resolve().parent
 # fork spares each worker the import of torch, but is safe on Linux only
 START_METHOD = "fork" if sys.platform == "linux" else "spawn"
 # Set by torchrun; a script that was started alone is rank 0 of 1.
@@ -140,7 +139,7 @@ class Args:
     in_hand: float = 0.5
     """share of the training episodes with a place goal that begin on the way to the place, with the
     toy in the hand; 0 is the paper"""
-    clip_model: str = str(HERE / "tests" / "tiny_clip")
+    clip_model: str = str(Path(__file__).resolve().parent / "tests" / "tiny_clip")
     """folder, ARCH/TAG or ARCH/FILE of open_clip, or hf-hub:ID"""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """of CLIP; auto is bf16 on CUDA (older than Ampere: take fp32), or a CPU with AMX"""
@@ -173,9 +172,14 @@ class Args:
     policy_temperature: float = 0.05
     """of the softmax over log Q that draws the actions, in evaluations too: who cannot see all and
     always takes the best would repeat itself for ever (towards 0 it becomes the argmax)"""
+    target_temperature: float = 0.1
+    """of the same softmax in the targets; higher than that of the actions, it makes a detour cost
+    more, so that errors of Q matter less"""
     relabel_fraction: float = 0.5
     """share of the sampled transitions that are drawn from the way to what an episode reached, of
     each family alike, and trained for that; 0 is the paper"""
+    mirror: bool = True
+    """train half of each batch as if it was seen in a mirror, with left and right exchanged"""
     policy_input: Literal["clip", "pixels"] = "clip"
     """what the network sees of a frame: CLIP's embeddings of up to 8 x 8 cells of it, or small
     pixels (the paper's)"""
@@ -194,8 +198,8 @@ def check_args(args: Args) -> None:
     for name in ("total_timesteps", "num_envs", "eval_every", "eval_episodes", "final_episodes",
                  "checkpoint_every", "frame_size", "score_every", "buffer_size", "batch_size",
                  "updates_per_step", "learning_rate", "target_every", "policy_temperature",
-                 "epsilon_steps", "n_step", "calibration_episodes", "frame_stack", "policy_size",
-                 "worker_timeout", "temperature"):  # fmt: skip
+                 "target_temperature", "epsilon_steps", "n_step", "calibration_episodes",
+                 "frame_stack", "policy_size", "worker_timeout", "temperature"):  # fmt: skip
         value = getattr(args, name)
         require(name, value is None or 0 < value < math.inf, "must be finite and greater than 0")
     for name in ("alpha", "false_positive_rate", "epsilon_end", "relabel_fraction", "in_hand"):
@@ -256,7 +260,12 @@ class Goal(NamedTuple):
 
 TOY_NAMES = [(colour, kind) for colour in COLOURS for kind in KINDS]
 # One toy in five is never named in training, by any family; every colour and kind is.
-HELDOUT_TOYS = [toy for i, toy in enumerate(TOY_NAMES) if sum(divmod(i, len(KINDS))) % 5 == 0]
+HELDOUT_TOYS = [
+    (colour, kind)
+    for i, colour in enumerate(COLOURS)
+    for j, kind in enumerate(KINDS)
+    if (i + j) % 5 == 0
+]
 
 
 def goals_of(toys: Iterable[tuple[str, str]]) -> tuple[Goal, ...]:
@@ -271,8 +280,8 @@ COLUMNS = {  # of each family in GOALS
     split: {f: [GOALS.index(goal) for goal in goals if goal.family == f] for f in FAMILIES}
     for split, goals in (("train", TRAIN_GOALS), ("heldout", HELDOUT_GOALS))
 }
-STAGE_ONE = [  # of each goal: to lift the toy that is to be placed, else the goal itself
-    GOALS.index(goal._replace(family="lift", place=None) if goal.family == "place" else goal)
+STAGE_ONE = [  # of each goal: a toy that is to be placed must be lifted first
+    GOALS.index(Goal("lift", goal.colour, goal.kind) if goal.family == "place" else goal)
     for goal in GOALS
 ]
 
@@ -414,8 +423,8 @@ class PlayhouseEnv(gym.Env):
     | 0   | walk 0.2 m forward          | 5   | look 25 degrees lower (down to -50)            |
     | 1   | walk 0.2 m back             | 6   | grab the nearest toy in reach that is central  |
     | 2   | turn 25 degrees to the left | 7   | release it, where there is room, and step back |
-    | 3   | turn 25 degrees to the right| 8   | stay                                           |
-    | 4   | look 25 degrees higher      |     |                                                |
+    | 3   | turn 25 degrees to the right|     | (and look no higher than -25 degrees)          |
+    | 4   | look 25 degrees higher      | 8   | stay                                           |
 
     Contact stops the body at walls and furniture; toys obey physics. A toy in the hand is carried
     in front of the body, and falls onto what is below when it is released.
@@ -552,8 +561,8 @@ class PlayhouseEnv(gym.Env):
             low, high = np.array([[low, self.south], [high, self.north]])
             low, high = low + (hx, hy) + 0.02, high - (hx, hy) - 0.02
             x, y = rng.uniform(low, high)
-            x = (x, low[0], x, high[0])[quarter]
-            y = (high[1], y, low[1], y)[quarter]
+            # Its back is at +y: after 0 to 3 quarters it stands in the north, west, south or east.
+            x, y = ((x, high[1]), (low[0], y), (x, low[1]), (high[0], y))[quarter]
             if self._is_free(x, y, hx + 0.1, hy + 0.1):
                 return x, y, quarter * math.pi / 2, (hx, hy)
         raise NoRoom
@@ -636,11 +645,13 @@ class PlayhouseEnv(gym.Env):
         toy = self.goal.colour, self.goal.kind
         others = [other for other in TOY_NAMES if other != toy]
         rng.shuffle(others)
-        kin = [next(o for o in others if o[i] == toy[i]) for i in (1, 0)]
+        same_kind = next(other for other in others if other[1] == toy[1])
+        same_colour = next(other for other in others if other[0] == toy[0])
+        kin = [same_kind, same_colour]
         strangers = [other for other in others if other not in kin]
         self.toys = [toy, *kin, *strangers[: int(rng.integers(1, 4))]]
         while True:
-            with suppress(NoRoom):  # or no way
+            with suppress(NoRoom):  # where something has no place, or there is no way to it
                 self.model = model = self._home()
                 self.data = mujoco.MjData(model)
                 self.held, self._tilt = None, 1
@@ -655,7 +666,7 @@ class PlayhouseEnv(gym.Env):
                     way = route(self, self.points_on(self.goal.place), *RELEASE_FROM)
                 break
         if self.goal.place is not None and rng.random() < options.get("in_hand", 0):
-            clear = self._apart(np.array(way[:-1]), RADIUS + 0.25)  # it would stand in a toy
+            clear = self._apart(np.array(way[:-1]), RADIUS + 0.25)  # not inside a toy
             start = clear[rng.integers(len(clear))] if len(clear) else way[0]
             self.data.qpos[self._agent_qpos[:2]] = start
             self._hold(0)
@@ -669,8 +680,10 @@ class PlayhouseEnv(gym.Env):
         if name == "grab" and self.held is None:
             self._grab()
         let_go = name == "release" and self.held is not None and self._release()
-        self._tilt = min(max(self._tilt + {"up": 1, "down": -1}.get(name, 0), 0), len(TILTS) - 1)
-        # It steps back from what it let go: close by, a toy on the table looks held.
+        # It steps back from what it let go, and does not look over it: close by, a toy on the table
+        # looks held, and straight ahead one does not see into the toy box.
+        highest = 1 if let_go else len(TILTS) - 1
+        self._tilt = min(max(self._tilt + {"up": 1, "down": -1}.get(name, 0), 0), highest)
         stride = STRIDE * ((name == "forward") - (name == "back" or let_go))
         turn = {"left": TURN, "right": -TURN}.get(name, 0.0)
         x, y, yaw = data.qpos[self._agent_qpos]
@@ -703,7 +716,7 @@ class PlayhouseEnv(gym.Env):
         self._solid(toy, False)
 
     def _free_way(self, start: np.ndarray, ray: np.ndarray) -> float:
-        """To the first wall or piece of furniture, in lengths of the ray; without end, infinite."""
+        """How far the first wall or piece of furniture is, in lengths of the ray, or infinite."""
         group, hit = np.array([1, 0, 0, 0, 0, 0], np.uint8), np.zeros(1, np.int32)  # not TOY_GROUP
         free = mujoco.mj_ray(self.model, self.data, start, ray, group, True, -1, hit)
         return math.inf if free < 0 else free
@@ -736,11 +749,11 @@ class PlayhouseEnv(gym.Env):
 
     @property
     def position(self) -> np.ndarray:
-        """Of the agent on the floor, [2]."""
+        """Where the agent stands on the floor, [2]."""
         return self.data.qpos[self._agent_qpos[:2]]
 
     def _gap(self) -> float:
-        """From the agent's axis to the nearest wall or piece of furniture, in metres."""
+        """Metres from the agent's axis to the nearest wall or piece of furniture."""
         x, y = self.position
         X, Y, w, d = np.transpose(self.obstacles)
         pieces = np.hypot(np.maximum(abs(x - X) - w, 0), np.maximum(abs(y - Y) - d, 0))
@@ -936,7 +949,7 @@ def tour(path: Path, seed: int) -> list[str]:
 
 
 def evenly(goals: Sequence[Goal]) -> list[Goal]:
-    """With some repeated, so that each family is drawn as often as another."""
+    """The goals, those of smaller families repeated, so that families are drawn alike."""
     sizes = Counter(goal.family for goal in goals)
     most = max(sizes.values())
     return [goal for goal in goals for _ in range(most // sizes[goal.family])]
@@ -951,13 +964,12 @@ def make_envs(args: Args, num_envs: int, size: int) -> gym.vector.AsyncVectorEnv
     main_process = os.getpid()
 
     def make_env():
-        if os.getpid() != main_process:  # in a worker, which leaves Ctrl-C to its parent
-            parent = multiprocessing.parent_process()
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if os.getpid() != main_process:  # which makes one too, to ask for its spaces
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            # When the parent is gone, so is the worker.
+            os.nice(10)  # on few cores workers would keep the main process from its updates
+            parent = multiprocessing.parent_process()  # when it is gone, so is the worker
             threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-            os.nice(10)  # on few cores they would keep the main process from its updates
         return gym.make(
             "PlayhouseCLIP-v0",
             disable_env_checker=True,
@@ -985,6 +997,7 @@ def worker_failures(envs: gym.vector.AsyncVectorEnv, stage: str):
         yield
     except Exception as error:
         time.sleep(0.5)  # a pipe breaks a little before its process is gone
+        # gymnasium sets the pipe of a worker that raised to None and stops it: dead, but no cause.
         raised = [i for i, pipe in enumerate(envs.parent_pipes) if pipe is None]
         silent = [i for i, pipe in enumerate(envs.parent_pipes) if pipe and not pipe.poll()]
         dead = [] if raised else [i for i, p in enumerate(envs.processes) if not p.is_alive()]
@@ -1055,12 +1068,12 @@ def calibrate(scores: torch.Tensor, reached: torch.Tensor | None, rate: float) -
 
 
 def after_stage_one(reached: torch.Tensor, carried: torch.Tensor, stage_one: torch.Tensor):
-    """To place counts only after CLIP saw the toy in the hand, and once it sees it there no longer.
+    """What of `reached` [T, N, 240] counts: a place goal only where CLIP saw the toy in the hand
+    before, in the same episode, and does not see it there now.
 
-    `reached` [T, N, 240] in T steps; the result is false where a goal of two stages does not count.
-    `carried` [N, 240]: its toy was in the hand before them, in this episode; the second result:
-    before the steps that follow. `stage_one` [240]: the index of each goal's first stage, its own
-    where it has but one."""
+    `stage_one` [240] is the lift goal of each place goal, and every other goal itself. `carried`
+    [N, 240]: was stage one reached before these steps? The second result is that after them.
+    """
     in_hand = reached[..., stage_one]  # [T, N, 240]
     carried = torch.cat([carried[None], in_hand]).cumsum(0) > 0  # [T + 1, N, 240]
     one_stage = stage_one == torch.arange(len(GOALS), device=stage_one.device)
@@ -1081,8 +1094,18 @@ def remember(traces: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
     return traces.unflatten(1, (len(RATES), -1)).lerp(taken.float(), rates).flatten(1)
 
 
+# Each action in a mirror
+MIRRORED = [ACTIONS.index({"left": "right", "right": "left"}.get(a, a)) for a in ACTIONS]
+
+
+def mirror(seen: torch.Tensor, traces: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """States, what is seen [B, h, w, C k] and traces [B, 27], with left and right exchanged."""
+    by_rate = traces.unflatten(1, (len(RATES), -1))  # [B, 3, 9]
+    return seen.flip(2), by_rate[..., MIRRORED].flatten(1)
+
+
 def atomic_save(state: dict, path: Path) -> None:
-    """A file that is there is whole, wherever the run was killed."""
+    """A kill at any moment leaves the old file or the new one, never half of one."""
     unfinished = path.with_suffix(".part")
     torch.save(state, unfinished)
     os.replace(unfinished, path)
@@ -1096,9 +1119,13 @@ class Replay:
     counted from the run's first, is row t % K of block t // K, which lies at slot t // K % M.
     """
 
-    def __init__(self, capacity: int, steps: int, seen: torch.Tensor, device: str):
-        """`seen` [N, h, w, C]: like what the network sees of N environments."""
+    def __init__(
+        self, capacity: int, steps: int, seen: torch.Tensor, stage_one: torch.Tensor, device: str
+    ):
+        """`seen` [N, h, w, C]: like what the network sees of N environments; `stage_one` [240]: the
+        goals that come first."""
         K, N = steps, len(seen)
+        self.stage_one = stage_one
         self.slots = M = capacity // (N * K)
         self.num_envs, self.steps, self.device = N, K, device
         self.head = 0  # the next block
@@ -1132,23 +1159,25 @@ class Replay:
         d, slot = self.data, self.head % self.slots
         for name, value in block.items():
             d[name][slot] = value
-        # All blocks of the running episodes now have this one as their last.
+        # Running episodes began age / K blocks ago: all blocks since then have this as their last.
         ago = (self.head - torch.arange(self.slots, device=self.device)) % self.slots  # [M]
         d["last"][ago[:, None] * self.steps <= block["age"]] = self.head
-        # A first frame is not scored; the next one stands in for it.
-        first, reached = block["age"][:, None] == 0, block["reached"]
-        before = torch.where(first, reached[0], d["reached"][slot - 1, -1])  # [N, 190]
-        new = reached & ~torch.cat([before[None], reached[:-1]])
-        # Of several goals of a family at once, which a softmax never reaches, any one.
-        lot = new * torch.rand(new.shape, generator=generator, device=self.device)
+        # A goal is arrived at where it holds and did not a step before. The frame of a reset is not
+        # scored, the next one stands in for it: what holds at once was not arrived at.
+        begins, reached = block["age"][:, None] == 0, block["reached"]  # [N, 1], [K, N, 190]
+        before = torch.where(begins, reached[0], d["reached"][slot - 1, -1])  # [N, 190]
+        arrives = reached & ~torch.cat([before[None], reached[:-1]])
+        # One for each family is kept, by lot: two at once are rare, and with a softmax never.
+        lots = arrives * torch.rand(arrives.shape, generator=generator, device=self.device)
         for family, columns in enumerate(self.columns):
-            best, which = lot[..., columns].max(-1)  # [K, N]
+            best, which = lots[..., columns].max(-1)  # [K, N]
             d["arrival"][slot, ..., family] = (best > 0) * (1 + columns[which])
         self.head += 1
         self._list_arrivals()
 
     def _list_arrivals(self) -> None:
-        """[E, 4]: slot, step in its block, environment, and family; and the chance to draw each."""
+        """Of all arrivals slot, step in its block, environment and family [E, 4]; and the chance of
+        each to be drawn, by which families are drawn alike."""
         there = self.data["arrival"] > 0
         there[self.head % self.slots] = False  # the oldest block is not sampled
         self.arrivals = there.nonzero()
@@ -1164,36 +1193,48 @@ class Replay:
         """
         d, M, K = self.data, self.slots, self.steps
         random = {"generator": generator, "device": self.device}
-        oldest = max(0, self.head - M + 1)  # the one before it is only looked back into
+        oldest = max(0, self.head - M + 1)  # the block before it is only looked back into
         t = oldest * K + torch.randint((self.head - oldest) * K, (batch_size,), **random)
-        i = torch.randint(self.num_envs, (batch_size,), **random)  # the environment
-        goal = d["goal"][t // K % M, i]
+        env = torch.randint(self.num_envs, (batch_size,), **random)
+        goal = d["goal"][t // K % M, env]
         if relabel > 0 and len(self.arrivals):
-            # Hindsight: first a family, as most toys are only found; then a step at which one of
-            # its goals was reached, and a step of the same episode on the way to it.
+            # Hindsight: draw a family (most toys are only found), a step at which one of its goals
+            # was reached, and a step of the same episode on the way to it.
             drawn = self.chances.multinomial(batch_size, replacement=True, generator=generator)
-            slot, k, env, family = self.arrivals[drawn].unbind(1)
-            reached = d["arrival"][slot, k, env, family] - 1
-            block = self.head - 1 - (self.head - 1 - slot) % M  # its number
-            begin = block * K - d["age"][slot, env]  # the first step of the episode
-            start = begin.clamp(min=oldest * K)
-            way = start + (torch.rand(batch_size, **random) * (block * K + k - start + 1)).long()
-            # Where it held already an episode of its own would have ended.
-            use = ~self._at("reached", (way - 1).maximum(begin), env, reached)
-            use &= torch.rand(batch_size, **random) < relabel
-            t, i, goal = (torch.where(use, *x) for x in ((way, t), (env, i), (reached, goal)))
-        left = (d["last"][t // K % M, i] + 1) * K - t  # to the end of the episode's last block
+            slot, k, its_env, family = self.arrivals[drawn].unbind(1)
+            its_goal = d["arrival"][slot, k, its_env, family] - 1
+            block = self.head - 1 - (self.head - 1 - slot) % M  # number of the block in that slot
+            begin, arrival = block * K - d["age"][slot, its_env], block * K + k  # of the episode
+            earliest = begin.clamp(min=oldest * K)  # the first of its steps that is still here
+            lots = torch.rand(batch_size, 4, **random) * (arrival - earliest + 1)[:, None]
+            ways = earliest[:, None] + lots.long()  # [B, 4]
+            # One of four where the goal does not hold yet: an episode for it would have ended.
+            before = (ways - 1).maximum(begin[:, None])
+            held = self._at("reached", before, its_env[:, None], its_goal[:, None])
+            way = ways.gather(1, held.int().argmin(1, keepdim=True))[:, 0]
+            # Who is to place a toy and has it not in the hand goes for that first. As with the
+            # goals that were pursued, half of those steps are trained for the place all the same.
+            stage = self.stage_one[its_goal]
+            empty = ~self._at("reached", (way - 1).maximum(begin), its_env, stage)
+            lifts = empty & (torch.rand(batch_size, **random) < 0.5)
+            its_goal = torch.where(lifts, stage, its_goal)
+            use = ~held.all(1) & (torch.rand(batch_size, **random) < relabel)
+            t = torch.where(use, way, t)
+            env = torch.where(use, its_env, env)
+            goal = torch.where(use, its_goal, goal)
+        # Up to n_step steps, none past the end of the episode: there its last one is repeated.
+        left = (d["last"][t // K % M, env] + 1) * K - t  # [B]
         ahead = torch.arange(n_step, device=self.device)
-        times = t[:, None] + torch.minimum(ahead, left[:, None] - 1)  # [B, n_step]
-        reached = self._at("reached", times, i[:, None], goal[:, None])
+        times = t[:, None] + torch.minimum(ahead, left[:, None] - 1)
+        reached = self._at("reached", times, env[:, None], goal[:, None])  # [B, n_step]
         r, first = reached.any(1), reached.int().argmax(1, keepdim=True)
-        end = torch.where(r, times.gather(1, first)[:, 0], times[:, -1])
-        s = self._at("seen", t, i), self._at("traces", t, i).float()
-        s_next = self._at("seen", end, i, row=1), self._at("traces", end, i, row=1).float()
-        return s, self._at("action", t, i).long(), r.float(), s_next, end + 1 - t, goal
+        end = torch.where(r, times.gather(1, first)[:, 0], times[:, -1])  # the step to s'
+        s = self._at("seen", t, env), self._at("traces", t, env).float()
+        s_next = self._at("seen", end, env, row=1), self._at("traces", end, env, row=1).float()
+        return s, self._at("action", t, env).long(), r.float(), s_next, end + 1 - t, goal
 
     def _at(self, name: str, t: torch.Tensor, *index: torch.Tensor, row: int = 0) -> torch.Tensor:
-        """Of step t; of what lies there in K + 1 rows, row=1 is what follows the step."""
+        """What the ring `name` has of step t; `seen` and `traces` of what follows it with row=1."""
         return self.data[name][(t // self.steps % self.slots, t % self.steps + row, *index)]
 
     def save(self, folder: Path, first: int) -> None:
@@ -1270,8 +1311,8 @@ class QNetwork(nn.Module):
 
 
 def prompt_embeddings(clip: CLIPReward) -> torch.Tensor:
-    """Of each goal's prompt and of the name of its place, 0 if it has none: [240, 2, D], less what
-    all prompts have in common."""
+    """Embeddings [240, 2, D] of each goal's prompt and of the name of its place, 0 if it has none,
+    less the mean of all training prompts."""
     shared = clip.goal[: len(TRAIN_GOALS)].mean(0)
     names = clip.encode_text([f"a {place}" for place in PLACES])
     places = [*PLACES, None]
@@ -1287,7 +1328,7 @@ def shrink(frames: np.ndarray, size: int, device) -> torch.Tensor:
 
 
 def collective(call: Callable, *args) -> None:
-    """Of all ranks. Where one died gloo raises, here in one line; NCCL leaves that to torchrun."""
+    """Of all ranks. If one died gloo raises, which here is one line; NCCL leaves it to torchrun."""
     try:
         call(*args)
     except RuntimeError as error:
@@ -1300,7 +1341,7 @@ def collective(call: Callable, *args) -> None:
 
 @torch.compiler.disable
 def average(*tensors: torch.Tensor) -> None:
-    """Over all ranks, in place."""
+    """Replaces each tensor by its mean over all ranks."""
     if WORLD_SIZE > 1:
         flat = torch.cat([tensor.flatten() for tensor in tensors])
         collective(dist.all_reduce, flat)
@@ -1318,7 +1359,11 @@ def gather(value) -> list:
 
 
 class CUDAGraph:
-    """A function of tensors, of the same shapes at each call, whose kernels are launched as one."""
+    """A function of tensors, of the same shapes at each call, whose kernels are launched as one.
+
+    Three calls run as they are, to make what is made once (Adam's state, workspaces); the fourth is
+    captured, and from then on replayed. The next call overwrites the outputs of the last.
+    """
 
     def __init__(self, function: Callable):
         self.function, self.calls = function, 0
@@ -1328,10 +1373,10 @@ class CUDAGraph:
         self.calls += 1
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
-            if self.calls <= 3:  # it warms up: what is made once is not to be captured
+            if self.calls <= 3:
                 self.outputs = self.function(*inputs)
             else:
-                if self.calls == 4:
+                if self.calls == 4:  # capturing alone runs nothing
                     self.inputs = [x.clone() for x in inputs]
                     options = {"stream": self.stream, "capture_error_mode": "thread_local"}
                     with torch.cuda.graph(self.graph, **options):  # while other threads go on
@@ -1429,9 +1474,10 @@ def parse_args() -> Args:
         return args
     # What may differ from the run's own arguments; the rest would make it another run.
     # The CLIP may lie elsewhere by now; load_agent checks that it is the same one.
-    free = {"resume", "evaluate", "device", "worker_timeout", "clip_model"}
+    may_differ = {"resume", "evaluate", "device", "worker_timeout", "clip_model"}
     if args.resume:
-        state, free = load_checkpoint(run, "last.pt", "--resume"), free | {"total_timesteps"}
+        state = load_checkpoint(run, "last.pt", "--resume")
+        may_differ |= {"total_timesteps"}
         ranks = len(state["ranks"])
         check(
             ranks == WORLD_SIZE,
@@ -1439,14 +1485,14 @@ def parse_args() -> Args:
         )
     else:
         state = load_checkpoint(run, "best.pt", "--evaluate")
-        free |= {"final_episodes", "num_envs", "precision"}
+        may_differ |= {"final_episodes", "num_envs", "precision"}
     saved = Args(**state["args"])
     saved.output = Path(saved.output)
     args = tyro.cli(Args, default=saved, description=__doc__)
     for name, old in asdict(saved).items():
         new = getattr(args, name)
         check(
-            old == new or name in free,
+            old == new or name in may_differ,
             f"--{name.replace('_', '-')} {new}: {run} was started with {old}; leave it out",
         )
     return args
@@ -1502,9 +1548,10 @@ def main() -> None:
     torch.manual_seed(args.seed)
     # The network sees CLIP's embeddings along the (at most 128) directions that the texts span.
     named = text[: len(TRAIN_GOALS)].flatten(0, 1)
-    axes = torch.linalg.svd(named, full_matrices=False).Vh[:128]
+    axes = torch.linalg.svd(named, full_matrices=False).Vh[:128]  # [C, D], orthonormal
     axes *= len(axes) ** 0.5  # entries of about 1 are learned from faster
-    projection = gather(axes.T.cpu())[0].to(device)  # [D, C], of one sign on all ranks
+    # The signs of singular vectors are arbitrary, so all ranks take those of the first.
+    projection = gather(axes.T.cpu())[0].to(device)  # [D, C]
 
     def see(frames: np.ndarray) -> tuple[torch.Tensor, torch.Tensor | None]:
         """What the network sees of frames [N, H, W, 3]: [N, h, w, C], and CLIP's embeddings [N, D]
@@ -1522,7 +1569,8 @@ def main() -> None:
     learning_rate = torch.tensor(args.learning_rate, device=device)
     adam = {"lr": learning_rate, "fused": True, "capturable": device == "cuda"}
     optimizer = torch.optim.Adam(q_network.parameters(), **adam)
-    threshold = 0.5 if args.reward == "env" else args.beta or 0.0  # 0.5: between false and true
+    # What a score has to exceed: the truth is 0 or 1, and what is unset is calibrated or loaded.
+    threshold = 0.5 if args.reward == "env" else args.beta or 0.0
     beta = torch.full((len(GOALS),), threshold, device=device)
     generator = torch.Generator(device).manual_seed(stream_seed(args.seed, NOISE, RANK))
 
@@ -1545,10 +1593,10 @@ def main() -> None:
         rewards = goal_baseline_reward(s, clip.goal, clip.baseline, args.alpha)
         return family_scores(rewards, temperature) if args.reward == "contrastive" else rewards
 
-    def probabilities(q: torch.Tensor) -> torch.Tensor:
+    def probabilities(q: torch.Tensor, temperature: float) -> torch.Tensor:
         """Probabilities of the actions, [B, 9]. Q falls by gamma with each step to the goal; its
         logarithm makes a detour cost the same from afar, where all Q are small."""
-        return F.softmax(q.clamp(min=0.01).log() / args.policy_temperature, -1)
+        return F.softmax(q.clamp(min=0.01).log() / temperature, -1)
 
     def pursued(goal: torch.Tensor, reached: torch.Tensor) -> torch.Tensor:
         """What to go for [N] on the way to goals [N], when those [N, 240] are reached: the first
@@ -1559,7 +1607,8 @@ def main() -> None:
     @torch.no_grad()
     def policy(stack, traces, goal, generator: torch.Generator) -> torch.Tensor:
         """Actions [N], drawn from the softmax over log Q."""
-        p = probabilities(q_network(stack, traces, text[goal] @ projection))
+        q = q_network(stack, traces, text[goal] @ projection)
+        p = probabilities(q, args.policy_temperature)
         # The method of torch.multinomial, but NaN passes through it, for stop_if_nan to report.
         return (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1)
 
@@ -1620,7 +1669,7 @@ def main() -> None:
         return
 
     # ---- A new run, or one that goes on
-    replay = Replay(args.buffer_size, args.score_every, stack, device)
+    replay = Replay(args.buffer_size, args.score_every, stack, stage_one, device)
     run_name = f"PlayhouseCLIP-v0__{args.exp_name}__{args.seed}__{int(1000 * time.time())}"
     run = args.resume or Path("runs") / gather(run_name)[0]
     replay_folder = run / "replay" / str(RANK)
@@ -1632,7 +1681,7 @@ def main() -> None:
         load_agent(state, run)
         target.load_state_dict(state["target"])
         optimizer.load_state_dict(state["optimizer"])
-        optimizer.param_groups[0] |= adam  # what was saved is perhaps of another device
+        optimizer.param_groups[0] |= adam  # the loop's own learning_rate, not the copy of it
         if state["device"] == device:  # else the noise starts anew
             generator.set_state(state["ranks"][RANK]["generator"])
         step, updates, saved_block = state["step"], state["updates"], state["replay_blocks"]
@@ -1645,7 +1694,7 @@ def main() -> None:
         average(beta)  # all ranks played in the same homes: alike but for rounding
         if RANK == 0:
             print("beta:", {f: beta[columns[0]].item() for f, columns in COLUMNS["train"].items()})
-    beta[~trained] = math.inf
+    beta[~trained] = math.inf  # not reached by anything
     arguments = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(args).items()}
     if RANK == 0:
         if args.track:
@@ -1653,7 +1702,7 @@ def main() -> None:
 
             wandb.init(
                 project=args.wandb_project_name, entity=args.wandb_entity, name=run.name,
-                id=run.name, resume="allow", config=asdict(args), sync_tensorboard=True,
+                id=run.name, resume="allow", config=arguments, sync_tensorboard=True,
                 save_code=True,
             )  # fmt: skip
         writer = SummaryWriter(run, purge_step=step + 1 if args.resume else None)
@@ -1694,16 +1743,18 @@ def main() -> None:
         seconds[stage] += time.time() - clock
         clock = time.time()
 
-    def update(seen, traces, a_t, r_t, seen_next, traces_next, n, e) -> dict[str, torch.Tensor]:
-        """One gradient step on a batch, with the embeddings e [B, 2, C] of goals and landmarks;
+    def update(seen, traces, a_t, r_t, seen_next, traces_next, n, g) -> dict[str, torch.Tensor]:
+        """One gradient step on a batch, with the embeddings g [B, 2, C] of goals and landmarks;
         returns the losses. Its inputs are single tensors, as those of a CUDA graph have to be."""
         s_t, s_next = (seen, traces), (seen_next, traces_next)
         with torch.no_grad():
-            q_next = target(*s_next, e)  # [B, 9]
-            p_next = probabilities(q_network(*s_next, e) if args.double_q else q_next)
+            q_next = target(*s_next, g)  # [B, 9]
+            choice = q_network(*s_next, g) if args.double_q else q_next
+            p_next = probabilities(choice, args.target_temperature)
             v_next = (p_next * q_next).sum(-1).clamp(0, 1)  # as a return is
+            # A reward of 1 comes with the last of the n steps, and ends the episode.
             y = args.gamma ** (n - 1) * torch.where(r_t == 1, 1, args.gamma * v_next)
-        q = q_network(*s_t, e).gather(1, a_t[:, None])[:, 0]
+        q = q_network(*s_t, g).gather(1, a_t[:, None])[:, 0]
         td_loss = F.huber_loss(q, y)
         optimizer.zero_grad()
         td_loss.backward()
@@ -1716,6 +1767,7 @@ def main() -> None:
         update = CUDAGraph(update) if device == "cuda" else update
 
     # ---- Train
+    mirrored = torch.tensor(MIRRORED, device=device)  # of each action
     threads, random = torch.get_num_threads(), {"generator": generator, "device": device}
     ended = np.ones(args.num_envs, bool)  # whose episode is over: all are to begin
     goal = torch.zeros(args.num_envs, dtype=torch.int64, device=device)  # of the running episodes
@@ -1737,8 +1789,8 @@ def main() -> None:
         # ---- Reset
         new = torch.from_numpy(ended).to(device)  # [N], whose episode begins with this step
         if ended.any():
-            own = enumerate(episode, RANK * args.num_envs)
-            seeds = [stream_seed(args.seed, TRAINING, i, int(n)) for i, n in own]
+            numbered = enumerate(episode, RANK * args.num_envs)  # over all ranks
+            seeds = [stream_seed(args.seed, TRAINING, i, int(n)) for i, n in numbered]
             episode[ended] += 1
             options = {"reset_mask": ended, "in_hand": args.in_hand}
             with worker_failures(envs, f"step {step}: reset"):
@@ -1775,6 +1827,11 @@ def main() -> None:
             s_t, a_t, r_t, s_next, n, g = replay.sample(
                 args.batch_size, args.relabel_fraction, args.n_step, generator
             )
+            if args.mirror:
+                half = args.batch_size // 2
+                for seen, traces_t in (s_t, s_next):
+                    seen[:half], traces_t[:half] = mirror(seen[:half], traces_t[:half])
+                a_t[:half] = mirrored[a_t[:half]]
             losses = update(*s_t, a_t, r_t, *s_next, n, text[g] @ projection)
             updates += 1
             if updates % args.target_every == 0:
@@ -1823,20 +1880,22 @@ def main() -> None:
         last = step >= args.total_timesteps
         # The first block at or past each multiple
         boundary = stride * args.score_every
-        evaluates = last or step % args.eval_every < boundary
-        saves = last or step % args.checkpoint_every < boundary
+        evaluate_now = last or step % args.eval_every < boundary
+        save_now = last or step % args.checkpoint_every < boundary
         done = r.any(0) | truncated
-        ended = done | evaluates | saves  # which cut the running episodes short
+        # Both cut the running episodes short: an evaluation needs the environments, and a resume
+        # starts with new episodes, as no simulator's state is saved.
+        ended = done | evaluate_now | save_now
         finished["charts/episodic_return"] += r.any(0)[done].tolist()
         finished["charts/episodic_length"] += age[done].tolist()
         finished["charts/precision"] += success[r].tolist()  # is it done where r = 1?
         lap("clip")
 
         # ---- Evaluate, log, save
-        logs = saves or step // boundary % 50 == 0
-        if evaluates or logs:
+        log_now = save_now or step // boundary % 50 == 0
+        if evaluate_now or log_now:
             stop_if_nan("a network or loss", (*q_network.parameters(), *losses.values()))
-        if evaluates and RANK == 0:  # the others wait in the next average or gather
+        if evaluate_now and RANK == 0:  # the others wait in the next average or gather
             key = args.seed, SELECTION
             summary, _ = assess(envs, play, args.eval_episodes, key, train_goals)
             if video_envs is not None:
@@ -1850,7 +1909,7 @@ def main() -> None:
                 best_success = selected
                 save_checkpoint("best.pt", ranks=[])
             lap("evaluate")
-        if logs:
+        if log_now:
             if RANK == 0:
                 scalars = {
                     "charts/epsilon": epsilon,
@@ -1862,7 +1921,7 @@ def main() -> None:
                 for name, value in scalars.items():
                     writer.add_scalar(name, value, step)
             finished.clear()
-        if saves:
+        if save_now:
             replay.save(replay_folder, saved_block)
             saved_block = replay.head
             ranks = gather({"generator": generator.get_state(), "episode": episode.tolist()})

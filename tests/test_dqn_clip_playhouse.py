@@ -169,9 +169,11 @@ def test_a_toy_is_lifted_by_the_hand_alone_and_falls_when_released(env):
 
 def test_who_lets_go_steps_back(env):
     assert play(env, Goal("lift", "red", "ball"), seed=3)[-1]
+    for _ in range(2):
+        env.step(act("up"))
     x, y, yaw = env.data.qpos[env._agent_qpos]
     env.step(act("release"))
-    assert env.held is None
+    assert env.held is None and env._tilt == 1  # and does not look over it
     back = [x - 0.2 * np.cos(yaw), y - 0.2 * np.sin(yaw)]
     assert env.position == pytest.approx(back, abs=0.01)
     env.step(act("release"))  # there is nothing left to let go

@@ -15,6 +15,7 @@ from dqn_clip_playhouse import (  # first: it puts torch before the first GL con
     FAMILIES,
     GOALS,
     HELDOUT_GOALS,
+    MIRRORED,
     STAGE_ONE,
     TRAIN_GOALS,
     TRACES,
@@ -28,6 +29,7 @@ from dqn_clip_playhouse import (  # first: it puts torch before the first GL con
     evaluate,
     family_scores,
     main,
+    mirror,
     prompt_embeddings,
     random_play,
     remember,
@@ -212,6 +214,7 @@ def fill(replay: Replay, blocks: int, seed: int = 0, first: int = 0):
 
 
 PHOTOGRAPHS = torch.zeros(ENVS, 8, 8, 3, dtype=torch.uint8)
+ONE_STAGE = torch.arange(ALL)
 
 
 def traces_of(actions: list[torch.Tensor]) -> torch.Tensor:
@@ -231,7 +234,7 @@ def number(pixel: torch.Tensor) -> int:
 @pytest.mark.parametrize("blocks", [20, 200])
 @pytest.mark.parametrize("n_step", [1, 5])
 def test_replay_returns_true_transitions_of_its_latest_blocks(blocks, n_step):
-    replay = Replay(50 * STEPS * ENVS, STEPS, PHOTOGRAPHS, "cpu")
+    replay = Replay(50 * STEPS * ENVS, STEPS, PHOTOGRAPHS, ONE_STAGE, "cpu")
     numbers, steps = fill(replay, blocks)
     generator = torch.Generator().manual_seed(0)
     B = 12_000
@@ -270,7 +273,7 @@ def test_replay_returns_true_transitions_of_its_latest_blocks(blocks, n_step):
 
 
 def test_hindsight_draws_a_family_and_then_one_of_its_goals():
-    replay = Replay(STEPS * ENVS * 2, STEPS, PHOTOGRAPHS, "cpu")
+    replay = Replay(STEPS * ENVS * 2, STEPS, PHOTOGRAPHS, ONE_STAGE, "cpu")
     families = [goal.family for goal in TRAIN_GOALS]
     reached = [families.index("find") + i for i in range(20)] + [families.index("place")]
     generator = torch.Generator().manual_seed(0)
@@ -293,7 +296,10 @@ def test_hindsight_draws_a_family_and_then_one_of_its_goals():
 
 def test_what_holds_from_the_start_was_not_arrived_at():
     """Else most of what hindsight draws for lifting would be toys that were in the hand already."""
-    replay, generator = Replay(STEPS * ENVS * 3, STEPS, PHOTOGRAPHS, "cpu"), torch.Generator()
+    replay, generator = (
+        Replay(STEPS * ENVS * 3, STEPS, PHOTOGRAPHS, ONE_STAGE, "cpu"),
+        torch.Generator(),
+    )
     for block in range(2):
         now = torch.zeros(STEPS, ENVS, TRAIN, dtype=torch.bool)
         now[:, 0, 5] = True  # from the first frame to the last
@@ -307,8 +313,34 @@ def test_what_holds_from_the_start_was_not_arrived_at():
     assert replay.arrivals.tolist() == [[1, 2, 1, FAMILIES.index(TRAIN_GOALS[6].family)]]
 
 
+def test_on_the_way_to_a_place_hindsight_is_for_lifting_too():
+    """An episode of 40 steps in which the toy is lifted, dropped, lifted again and placed."""
+    lift = next(i for i, goal in enumerate(TRAIN_GOALS) if goal.family == "lift")
+    place = STAGE_ONE.index(lift, lift + 1)
+    replay = Replay(40 * ENVS * 2, 40, PHOTOGRAPHS, torch.tensor(STAGE_ONE), "cpu")
+    held, frames = torch.zeros(40, ENVS, TRAIN, dtype=torch.bool), torch.zeros(41, ENVS, 8, 8, 3)
+    held[5:25, 0, lift] = held[26:30, 0, lift] = held[30:, 0, place] = True  # of s', the next frame
+    frames += torch.arange(41)[:, None, None, None, None]
+    generator = torch.Generator().manual_seed(0)
+    replay.add(
+        generator, seen=frames.byte(), action=torch.zeros(40, ENVS, dtype=torch.uint8),
+        traces=torch.zeros(41, ENVS, TRACES), reached=held, goal=torch.full((ENVS,), 30),
+        age=torch.zeros(ENVS, dtype=torch.int64),
+    )  # fmt: skip
+    s, *_, goal = replay.sample(30_000, 1.0, 1, generator)
+    step = s[0][:, 0, 0, 0].long()
+    in_hand = (step >= 6) & (step <= 25) | (step >= 27) & (step <= 30)
+    assert not (in_hand & (goal == lift)).any()  # there an episode for it would have ended
+    # Of the draws a quarter is for the second lift, and has 20 of 27 steps in the hand, four times.
+    own = (goal == 30).float().mean()
+    assert own == pytest.approx((20 / 27) ** 4 / 4, abs=0.01)
+    counts = torch.bincount(step[goal == place], minlength=31).float()
+    empty = counts[[*range(6), 26]].mean() / counts[6:26].mean()
+    assert empty == pytest.approx(0.5, abs=0.06)  # the other half is for lifting
+
+
 def test_no_relabelling_leaves_every_goal_its_own():
-    replay = Replay(50 * STEPS * ENVS, STEPS, PHOTOGRAPHS, "cpu")
+    replay = Replay(50 * STEPS * ENVS, STEPS, PHOTOGRAPHS, ONE_STAGE, "cpu")
     numbers, steps = fill(replay, 20)
     generator = torch.Generator().manual_seed(0)
     s, *_, goal = replay.sample(500, 0.0, 3, generator)
@@ -318,7 +350,7 @@ def test_no_relabelling_leaves_every_goal_its_own():
 
 def test_replay_comes_back_from_its_files(tmp_path):
     def empty():
-        return Replay(20 * STEPS * ENVS, STEPS, PHOTOGRAPHS, "cpu")
+        return Replay(20 * STEPS * ENVS, STEPS, PHOTOGRAPHS, ONE_STAGE, "cpu")
 
     def draw(replay):
         generator = torch.Generator().manual_seed(0)
@@ -337,6 +369,19 @@ def test_replay_comes_back_from_its_files(tmp_path):
     next(tmp_path.glob(f"*-{saved}.pt")).unlink()
     with pytest.raises(SystemExit):
         empty().load(tmp_path, saved)
+
+
+def test_in_a_mirror_left_is_right():
+    assert [ACTIONS[i] for i in MIRRORED[:5]] == ["forward", "back", "right", "left", "up"]
+    assert MIRRORED[5:] == [5, 6, 7, 8]
+    traces = mirrored = torch.zeros(2, TRACES)
+    for action in torch.randint(9, (30, 2), generator=torch.Generator().manual_seed(0)):
+        traces = remember(traces, action)
+        mirrored = remember(mirrored, torch.tensor(MIRRORED)[action])
+    seen = torch.arange(2 * 3 * 4 * 5).view(2, 3, 4, 5)
+    flipped, exchanged = mirror(seen, traces)
+    assert torch.equal(exchanged, mirrored) and not torch.equal(traces, mirrored)
+    assert all(torch.equal(flipped[:, :, i], seen[:, :, 3 - i]) for i in range(4))
 
 
 def test_shrink_is_the_mean_of_squares():
@@ -478,7 +523,7 @@ def test_killed_and_resumed_equals_uninterrupted(finished, tmp_path, random_clip
 def test_the_other_reward_calibration_and_stack_train_as_well(tmp_path, random_clip):
     flags = ["--reward", "projection", "--alpha", "0.5", "--calibrate-with-labels"]
     flags += ["--frame-stack", "2", "--family", "find", "--no-capture-video"]
-    flags += ["--policy-input", "pixels", "--total-timesteps", "1604"]
+    flags += ["--policy-input", "pixels", "--no-mirror", "--total-timesteps", "1604"]
     result = train(SCRIPT, tmp_path, *SMALL, *flags, "--clip-model", random_clip)
     assert result.returncode == 0, result.stderr
     state = torch.load(only_run(tmp_path) / "last.pt", weights_only=True)
@@ -660,7 +705,7 @@ def test_bad_input_is_one_line(tmp_path, random_clip, flags, words, monkeypatch,
 
 def test_a_replay_that_does_not_fit_is_refused(capsys):
     with pytest.raises(SystemExit):
-        Replay(10**10, 4, torch.zeros(16, 48, 48, 3, dtype=torch.uint8), "cpu")
+        Replay(10**10, 4, torch.zeros(16, 48, 48, 3, dtype=torch.uint8), ONE_STAGE, "cpu")
     errors = capsys.readouterr().err
     assert errors.startswith("--buffer-size 10000000000: takes 83") and errors.count("\n") == 1
 
