@@ -1485,7 +1485,7 @@ def parse_args() -> Args:
         )
     else:
         state = load_checkpoint(run, "best.pt", "--evaluate")
-        may_differ |= {"final_episodes", "num_envs", "precision"}
+        may_differ |= {"final_episodes", "num_envs", "precision", "policy_temperature"}
     saved = Args(**state["args"])
     saved.output = Path(saved.output)
     args = tyro.cli(Args, default=saved, description=__doc__)
