@@ -1098,10 +1098,11 @@ def remember(traces: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
 MIRRORED = [ACTIONS.index({"left": "right", "right": "left"}.get(a, a)) for a in ACTIONS]
 
 
-def mirror(seen: torch.Tensor, traces: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """States, what is seen [B, h, w, C k] and traces [B, 27], with left and right exchanged."""
+def mirror(seen: torch.Tensor, traces: torch.Tensor, mirrored: torch.Tensor):
+    """States, what is seen [B, h, w, C k] and traces [B, 27], with left and right exchanged;
+    `mirrored` is MIRRORED on their device."""
     by_rate = traces.unflatten(1, (len(RATES), -1))  # [B, 3, 9]
-    return seen.flip(2), by_rate[..., MIRRORED].flatten(1)
+    return seen.flip(2), by_rate[..., mirrored].flatten(1)
 
 
 def atomic_save(state: dict, path: Path) -> None:
@@ -1830,7 +1831,7 @@ def main() -> None:
             if args.mirror:
                 half = args.batch_size // 2
                 for seen, traces_t in (s_t, s_next):
-                    seen[:half], traces_t[:half] = mirror(seen[:half], traces_t[:half])
+                    seen[:half], traces_t[:half] = mirror(seen[:half], traces_t[:half], mirrored)
                 a_t[:half] = mirrored[a_t[:half]]
             losses = update(*s_t, a_t, r_t, *s_next, n, text[g] @ projection)
             updates += 1

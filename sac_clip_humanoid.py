@@ -655,6 +655,7 @@ class Replay:
         )
         self.data = [torch.zeros(shape, device=device) for shape in shapes]
         self.has_transition = torch.zeros(self.rows, dtype=torch.bool, device=device)
+        self.sampled_rows = None  # those that have one, listed when they are next sampled
 
     def add(self, s, a, r, s_next, terminated, goal, ended: bool) -> None:
         """s [N, O], a [N, A], r [N, G], s' [N, O], terminated [N], goal [N]; whether any episode
@@ -664,12 +665,14 @@ class Replay:
             ring[row] = torch.as_tensor(value)
         self.data[0][following] = s_next
         self.has_transition[row], self.has_transition[following] = True, False
-        self.sampled_rows = self.has_transition.nonzero()[:, 0]
+        self.sampled_rows = None
         self.head += 2 if ended else 1
 
     def sample(self, batch_size: int, generator: torch.Generator) -> list[torch.Tensor]:
         """s [B, O], a [B, A], r [B, G], s' [B, O], terminated [B], goal [B]."""
         options = {"size": (batch_size,), "generator": generator, "device": self.device}
+        if self.sampled_rows is None:
+            self.sampled_rows = self.has_transition.nonzero()[:, 0]
         row = self.sampled_rows[torch.randint(len(self.sampled_rows), **options)]
         env = torch.randint(self.num_envs, **options)
         s, a, r, terminated, goal = (ring[row, env] for ring in self.data)
@@ -702,7 +705,6 @@ class Replay:
                 ring[rows % self.rows] = value
             self.has_transition[rows % self.rows] = part["has_transition"]
             filled += int((rows >= head - self.rows).sum())
-        self.sampled_rows = self.has_transition.nonzero()[:, 0]
         check(
             filled >= min(head, self.rows),
             f"--resume {folder.parents[1]}: files are missing in its replay/; restore them",

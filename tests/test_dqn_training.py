@@ -379,7 +379,7 @@ def test_in_a_mirror_left_is_right():
         traces = remember(traces, action)
         mirrored = remember(mirrored, torch.tensor(MIRRORED)[action])
     seen = torch.arange(2 * 3 * 4 * 5).view(2, 3, 4, 5)
-    flipped, exchanged = mirror(seen, traces)
+    flipped, exchanged = mirror(seen, traces, torch.tensor(MIRRORED))
     assert torch.equal(exchanged, mirrored) and not torch.equal(traces, mirrored)
     assert all(torch.equal(flipped[:, :, i], seen[:, :, 3 - i]) for i in range(4))
 
