@@ -149,7 +149,7 @@ class CLIPReward(torch.nn.Module):
     `alpha`: strength of the goal-baseline regularisation, 0 to 1
     `precision`: `fp32`, or `bf16` autocast for the frames (prompts are encoded once, in float32)
     `batch_size`: frames per pass through CLIP; bounds the memory, not the number of frames. Unset
-        it is 128, and 32 on a CPU, whose caches hold a small CLIP's features of so many
+        it is 128, and 32 on a CPU, whose caches a small CLIP's features of 32 frames still fit
     `compile`: torch.compile the image tower
 
     Raises ValueError for a model that cannot be loaded, a value out of range, and, while alpha > 0,
@@ -229,7 +229,7 @@ class CLIPReward(torch.nn.Module):
     def encode_frames(self, frames: np.ndarray | torch.Tensor) -> torch.Tensor:
         """uint8 [B, H, W, 3], numpy or torch, on any device -> unit-norm float32 [B, D]."""
         s = self._in_batches(self.clip.encode_image, frames)
-        nothing = torch.empty(0, self.goal.shape[-1], device=self.goal.device)
+        nothing = torch.empty(0, self.goal.shape[-1], device=self.goal.device)  # for B = 0
         return F.normalize(torch.cat([nothing, *s]).float(), dim=-1)
 
     def encode_maps(
@@ -326,7 +326,7 @@ class CLIPReward(torch.nn.Module):
 class Args:
     """Print the reward of each image for several alphas, and write a contact sheet, best first."""
 
-    images: tyro.conf.Positional[tuple[Path, ...]]  # best a mix of goal reached and goal missed
+    images: tyro.conf.Positional[tuple[Path, ...]]  # files, best of goals reached and goals missed
     goal: str  # prompt for what the agent should do
     baseline: str  # prompt for what every image shows, such as "a humanoid robot"
     clip_model: str = str(Path(__file__).parent / "tests" / "tiny_clip")

@@ -109,8 +109,8 @@ class Args:
     evaluate: Path | None = None
     """a run's folder whose agents to replay, beside random and zero, instead of training"""
     track: bool = False  # log to Weights and Biases too (pip install wandb)
-    wandb_project_name: str = "clip-rl"  # its project
-    wandb_entity: str | None = None  # its team
+    wandb_project_name: str = "clip-rl"  # project in Weights and Biases
+    wandb_entity: str | None = None  # team in Weights and Biases
     worker_timeout: float = 60.0  # seconds after which a worker that does not answer ends the run
 
     # ---- Environment
@@ -119,7 +119,7 @@ class Args:
     """a name in TASKS: its goal prompt, its baseline and its success predicate; or all: one agent
     for all of them, which is told its goal by the embedding of the prompt"""
     textured: bool = True  # coloured limbs, sky and floor, or the plain body (the paper's ablation)
-    camera: Literal["fixed", "track"] = "fixed"  # the paper's, or the body's own (its ablation)
+    camera: Literal["fixed", "track"] = "fixed"  # track: the body's own (the paper's ablation)
     full_observation: bool = False
     """the policy sees all 348 numbers of Humanoid-v5 (the paper's), not the 45 of positions and
     velocities alone"""
@@ -204,7 +204,7 @@ def check_args(args: Args) -> None:
         check(sentence is None or sentence.strip(), f"--{name} {sentence!r}: write a sentence")
     least = 3 * args.num_envs  # the replay's shortest ring: s, s' and a next s
     remedy = f"holds fewer than three steps of each environment; raise it to {least}"
-    require("buffer_size", args.buffer_size >= least, remedy)
+    require("buffer_size", args.evaluate or args.buffer_size >= least, remedy)
     least = MAX_STEPS * args.num_envs * WORLD_SIZE
     remedy = f"cuts every episode of {MAX_STEPS} steps short; raise it to {least}"
     for name in ("eval_every", "checkpoint_every"):
@@ -470,7 +470,7 @@ class HumanoidEnv(MujocoHumanoid):
 
     def step(self, action):
         observation, reward, terminated, truncated, _ = super().step(action)
-        # mj_step leaves the geometry of RK4's last stage; CLIP and predicate see that of qpos.
+        # After mj_step positions of bodies are those of RK4's last stage, not those of qpos.
         mujoco.mj_kinematics(self.model, self.data)
         info = {} if self.task is None else {"goal_state": self.in_goal_state()}
         return observation, float(reward), terminated, truncated, info
@@ -562,7 +562,7 @@ def make_envs(args: Args, num_envs: int, size: int) -> gym.vector.AsyncVectorEnv
     main_process = os.getpid()
 
     def make_env():
-        if os.getpid() != main_process:  # which makes one too, to ask for its spaces
+        if os.getpid() != main_process:  # AsyncVectorEnv makes one there too, for its spaces
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             os.nice(10)  # on few cores workers would keep the main process from its updates
@@ -582,7 +582,8 @@ def make_envs(args: Args, num_envs: int, size: int) -> gym.vector.AsyncVectorEnv
         )
         env = ActionRepeat(env, args.action_repeat)
         frames = gym.spaces.Box(0, 255, (size, size, 3), np.uint8)
-        # The frame shows the state, before any reset; a size of 0 means that nobody looks.
+        # Drawn at each step, so that the last state of an episode is seen before the reset; a size
+        # of 0 means that nobody looks.
         draw = env.render if size else lambda: np.zeros(frames.shape, np.uint8)
         return gym.wrappers.TransformObservation(
             env,
@@ -655,7 +656,7 @@ class Replay:
         )
         self.data = [torch.zeros(shape, device=device) for shape in shapes]
         self.has_transition = torch.zeros(self.rows, dtype=torch.bool, device=device)
-        self.sampled_rows = None  # those that have one, listed when they are next sampled
+        self.sampled_rows = None  # those that have one; None: to be listed anew by sample()
 
     def add(self, s, a, r, s_next, terminated, goal, ended: bool) -> None:
         """s [N, O], a [N, A], r [N, G], s' [N, O], terminated [N], goal [N]; whether any episode
@@ -679,8 +680,8 @@ class Replay:
         return [s, a, r, self.data[0][(row + 1) % self.rows, env], terminated, goal.long()]
 
     def save(self, folder: Path, first: int) -> None:
-        """Append rows [first, head) as one file, after an end of all episodes; what is on disk
-        already is not written again."""
+        """Write the rows since the last checkpoint, [first, head), as one file. All episodes have
+        ended, so the last s' has its row before the head."""
         start = max(first, self.head - self.rows)
         slots = torch.arange(start, self.head) % self.rows
         part = {
@@ -705,10 +706,8 @@ class Replay:
                 ring[rows % self.rows] = value
             self.has_transition[rows % self.rows] = part["has_transition"]
             filled += int((rows >= head - self.rows).sum())
-        check(
-            filled >= min(head, self.rows),
-            f"--resume {folder.parents[1]}: files are missing in its replay/; restore them",
-        )
+        remedy = "files are missing in its replay/; restore them"
+        check(filled >= min(head, self.rows), f"--resume {folder.parents[1]}: {remedy}")
 
 
 class Normaliser(nn.Module):
@@ -726,11 +725,10 @@ class Normaliser(nn.Module):
         average(mean)
         var = ((x - mean) ** 2).mean(0)
         average(var)
-        total, delta = self.count + n, mean - self.mean
-        squares = self.var * self.count + var * n + delta**2 * self.count * n / total
-        self.var.copy_(squares / total)
-        self.mean += delta * n / total
-        self.count.copy_(total)
+        self.count += n
+        share = n / self.count  # of x in all that was seen
+        self.var.lerp_(var, share).add_(share * (1 - share) * (mean - self.mean) ** 2)
+        self.mean.lerp_(mean, share)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return ((x - self.mean) * (self.var + 1e-8).rsqrt()).clamp(-10, 10)
@@ -782,7 +780,8 @@ class Actor(nn.Module):
 
 
 def collective(call: Callable, *args) -> None:
-    """Of all ranks. If one died gloo raises, which here is one line; NCCL leaves it to torchrun."""
+    """A call that every rank makes. If another one died gloo raises, and this one ends in one line;
+    with NCCL it is torchrun that ends it."""
     try:
         call(*args)
     except RuntimeError as error:
@@ -951,15 +950,13 @@ def parse_args() -> Args:
     if run is None:
         return args
     # What may differ from the run's own arguments; the rest would make it another run.
-    may_differ = {"resume", "evaluate", "device", "worker_timeout"}
+    may_differ = {"resume", "evaluate", "device", "worker_timeout", "compile"}
     if args.resume:
         state = load_checkpoint(run, "last.pt", "--resume")
-        may_differ |= {"total_timesteps"}
+        may_differ |= {"total_timesteps", "capture_video", "track"}
         ranks = len(state["ranks"])
-        check(
-            ranks == WORLD_SIZE,
-            f"--resume {run}: has {ranks} rank(s); torchrun --nproc-per-node={ranks}",
-        )
+        remedy = f"torchrun --nproc-per-node={ranks}"
+        check(ranks == WORLD_SIZE, f"--resume {run}: has {ranks} rank(s); {remedy}")
     else:
         state = load_checkpoint(run, "best.pt", "--evaluate")
         may_differ |= {"final_episodes", "num_envs", "precision", "clip_model"}
@@ -989,8 +986,8 @@ def main() -> None:
         args.precision = "bf16" if has_bf16 else "fp32"
     # The workers are forked before this process touches CUDA or loads CLIP.
     envs = make_envs(args, args.num_envs, args.frame_size if args.reward == "clip" else 0)
-    records = args.capture_video and RANK == 0 or args.evaluate is not None
-    video_envs = make_envs(args, 1, VIDEO_SIZE) if records else None
+    record = RANK == 0 and (args.capture_video or args.evaluate is not None)
+    video_envs = make_envs(args, 1, VIDEO_SIZE) if record else None
     for workers in filter(None, (envs, video_envs)):  # can all of them draw here?
         with worker_failures(workers, "first frame"):
             workers.reset_async()
@@ -1013,11 +1010,11 @@ def main() -> None:
             check(False, str(error))
     obs_dim = envs.single_observation_space["state"].shape[0]
     act_dim = envs.single_action_space.shape[0]
-    goal_input = torch.zeros(1, 0, device=device)  # [G, E], tells the goal; a single one need not
+    goal_input = torch.zeros(1, 0, device=device)  # [G, E], tells the goal; nothing of a single one
     if args.evaluate is not None:  # another CLIP may judge the agent, but not tell it its goal
         state = load_checkpoint(args.evaluate, "best.pt", "--evaluate")
         goal_input = state["goal_input"].to(device)
-    elif len(tasks) > 1:  # embeddings are mostly what all these prompts have in common
+    elif len(tasks) > 1:  # all prompts lie close together: what tells them apart is where they lie
         direction = F.normalize(clip.goal - clip.baseline, dim=-1)
         goal_input = direction * direction.shape[1] ** 0.5  # mean square 1, as of the state
 
@@ -1033,7 +1030,8 @@ def main() -> None:
     agent = copy.deepcopy(actor).requires_grad_(False)  # the actor's average: what is evaluated
     log_ent_coef = torch.tensor(math.log(args.ent_coef or args.initial_ent_coef), device=device)
     target_entropy = -float(act_dim)
-    # The learning rate is a tensor, as --compile makes a number a constant.
+    # The learning rate is a tensor, as --compile would make a number a constant; capturable keeps
+    # Adam's count of steps on the GPU, for the CUDA graph.
     learning_rate = torch.tensor(args.learning_rate, device=device)
     adam = {"lr": learning_rate, "fused": True, "capturable": device == "cuda"}
     critic_optimizer = torch.optim.Adam(critic.parameters(), **adam)
@@ -1118,10 +1116,8 @@ def main() -> None:
         rank_state = state["ranks"][RANK]
         if clip is not None:
             saved = state["prompts"].to(device)
-            check(
-                saved.shape == clip.goal.shape and (saved * clip.goal).sum(-1).min() > 0.99,
-                f"--clip-model {args.clip_model}: not the CLIP of {run}; name that one",
-            )
+            same = saved.shape == clip.goal.shape and (saved * clip.goal).sum(-1).min() > 0.99
+            check(same, f"--clip-model {args.clip_model}: not the CLIP of {run}; name that one")
         for name, part in learned.items():
             part.load_state_dict(state[name])
         for optimizer in (critic_optimizer, actor_optimizer):
@@ -1184,23 +1180,23 @@ def main() -> None:
             envs.reset_async(seed=seeds, options={"reset_mask": ended})
             return envs.reset_wait(timeout=args.worker_timeout)[0]
 
-    def update(s_t, a_t, r_t, s_next, terminated_t, noise) -> dict[str, torch.Tensor]:
-        """One gradient step of critics, actor and temperature on a batch, whose states are what
-        the networks see of them; returns the losses."""
+    def update(x_t, a_t, r_t, x_next, terminated_t, noise) -> dict[str, torch.Tensor]:
+        """One gradient step of critics, actor and temperature on a batch; returns the losses.
+        x_t, x_next [B, O + E] are what the networks see of the states."""
         ent_coef = log_ent_coef.detach().exp()
         with torch.no_grad():
-            a_next, log_pi_next = actor.sample(s_next, noise[0])
-            v_next = target(s_next, a_next).amin(0) - ent_coef * log_pi_next  # [B]
+            a_next, log_pi_next = actor.sample(x_next, noise[0])
+            v_next = target(x_next, a_next).amin(0) - ent_coef * log_pi_next  # [B]
             y = args.reward_scale * r_t + args.gamma * (1 - terminated_t) * v_next
-        q = critic(s_t, a_t)  # [2, B]
+        q = critic(x_t, a_t)  # [2, B]
         qf_loss = F.mse_loss(q, y.expand_as(q)) * 2  # the sum over both critics
         critic_optimizer.zero_grad()
         qf_loss.backward()
         average(*(weight.grad for weight in critic.parameters()))
         critic_optimizer.step()
 
-        a_pi, log_pi = actor.sample(s_t, noise[1])
-        actor_loss = (ent_coef * log_pi - critic(s_t, a_pi).amin(0)).mean()
+        a_pi, log_pi = actor.sample(x_t, noise[1])
+        actor_loss = (ent_coef * log_pi - critic(x_t, a_pi).amin(0)).mean()
         ent_coef_loss = -(log_ent_coef.exp() * (log_pi.detach() + target_entropy)).mean()
         actor_optimizer.zero_grad()
         (actor_loss + ent_coef_loss).backward(inputs=actor_weights)
@@ -1221,7 +1217,7 @@ def main() -> None:
 
     greedy = round(args.greedy_envs * args.num_envs)  # environments that act without noise
     env_index = np.arange(args.num_envs)
-    observation = reset(np.ones(args.num_envs, bool))
+    obs = reset(np.ones(args.num_envs, bool))
     pending = []  # rows that CLIP's thread does not have yet
     scoring = []  # batches of rows that it has, each with its rewards to come
     totals = defaultdict(lambda: np.zeros(args.num_envs))  # of the running episodes
@@ -1236,7 +1232,7 @@ def main() -> None:
     )
     while step < args.total_timesteps:
         # ---- Act; at each reset an environment moves on to the next goal
-        s = torch.from_numpy(observation["state"]).to(device)  # [N, O]
+        s = torch.from_numpy(obs["state"]).to(device)  # [N, O]
         goal = (RANK * args.num_envs + env_index + episode) % len(tasks)  # [N]
         if step < args.learning_starts:
             a = 2 * torch.rand(args.num_envs, act_dim, **random) - 1  # [N, A]
@@ -1269,7 +1265,7 @@ def main() -> None:
 
         # ---- Step
         with worker_failures(envs, f"step {step}"):
-            next_observation, reward, *ends, info = envs.step_wait(args.worker_timeout)
+            next_obs, reward, terminated, truncated, info = envs.step_wait(args.worker_timeout)
         lap("env")
         step += stride
         last = step >= args.total_timesteps
@@ -1279,11 +1275,10 @@ def main() -> None:
         # Both cut the running episodes short: an evaluation needs the environments, and a resume
         # starts with new episodes, as no simulator's state is saved.
         cut = evaluate_now or save_now
-        terminated, truncated = ends
         done = terminated | truncated
         ended = done | cut
-        s_next = torch.from_numpy(next_observation["state"]).to(device)
-        frame = next_observation["frame"]
+        s_next = torch.from_numpy(next_obs["state"]).to(device)
+        frame = next_obs["frame"]
         steps = info["steps"]
         pending.append(Row(s, a, reward, s_next, terminated, goal, frame, done, ended, steps))
 
@@ -1302,8 +1297,7 @@ def main() -> None:
                 rewards = np.stack([row.reward for row in rows])[..., None]  # [T, N, 1]
             stop_if_nan("the reward", [torch.from_numpy(rewards)])
             for row, r in zip(rows, rewards, strict=True):  # r [N, G], of one step
-                transition = row.s, row.a, r, row.s_next, row.terminated, row.goal
-                replay.add(*transition, ended=row.ended.any())
+                replay.add(row.s, row.a, r, row.s_next, row.terminated, row.goal, row.ended.any())
                 gained = {"episodic_return": row.reward, "episodic_length": row.steps}
                 if score:
                     gained["clip_return"] = r[env_index, row.goal]  # [N]
@@ -1349,10 +1343,10 @@ def main() -> None:
             rank_state = {"generator": generator.get_state(), "episode": episode.tolist()}
             ranks = gather(rank_state | {"replay_head": saved_head})
             if RANK == 0:  # now all have their replay on disk
-                writer.flush()  # first: a resume logs nothing again that is before last.pt
+                writer.flush()  # before last.pt: a resume logs again only what is after that
                 save_checkpoint("last.pt", ranks)
             lap("checkpoint")
-        observation = reset(ended) if ended.any() else next_observation
+        obs = reset(ended) if ended.any() else next_obs
         lap("env")
         bar.update(stride)
     bar.close()

@@ -26,6 +26,7 @@ COMMANDS = [
     for line in block.strip().splitlines()
 ]
 TABLE = re.findall(r"`(python sac_clip_humanoid\.py --clip-model [^`]+)`", README)
+assert len(TABLE) == 3
 SHORT = [
     "--total-timesteps", "400", "--num-envs", "2", "--learning-starts", "100",
     "--eval-episodes", "2", "--final-episodes", "2", "--hidden", "32", "--batch-size", "32",

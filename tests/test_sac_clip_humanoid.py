@@ -399,7 +399,7 @@ def test_a_run_leaves_everything_it_promises(finished):
         assert (run / name).stat().st_size > 100, name
     report = json.loads((run / "report.json").read_text())
     assert set(report) == {"random", "zero", "last", "best"}
-    assert all(0 <= r["success_rate"] <= 1 for r in report.values())
+    assert all(math.isfinite(r["clip_return"]) for r in report.values())
     assert "video:" in result.stdout and "best:" in result.stdout
     logged = scalars(run)
     for tag in (
@@ -424,20 +424,6 @@ def test_training_moves_every_parameter(finished):
             assert not torch.equal(value, end[part][name]), name
     start, now = initial["actor"]["trunk.0.weight"], end["actor"]["trunk.0.weight"]
     assert torch.nn.functional.cosine_similarity(start, now).mean() > 0.7  # it did start there
-
-
-def test_the_agent_is_the_running_average_of_the_actor(finished, tmp_path, random_clip):
-    flags = ["--clip-model", random_clip, "--actor-tau", "1"]
-    result = train(SCRIPT, tmp_path, *SMALL, *flags)
-    assert result.returncode == 0, result.stderr
-    torch.manual_seed(1)
-    start = Actor(45, 17, 32).state_dict()
-    fast = torch.load(only_run(tmp_path) / "last.pt", weights_only=True)
-    slow = torch.load(finished[0] / "last.pt", weights_only=True)
-    for name, weight in slow["actor"].items():
-        assert torch.equal(fast["agent"][name], weight), name  # nor does it touch what is learned
-        way = torch.dist(slow["agent"][name], start[name]) / torch.dist(weight, start[name])
-        assert 0 < way < 0.5, name  # it follows from afar
 
 
 def test_killed_and_resumed_equals_uninterrupted(finished, tmp_path, random_clip):
@@ -698,9 +684,11 @@ def test_a_run_resumes_with_a_clip_that_was_moved(finished, tmp_path, monkeypatc
     state["args"]["clip_model"] = str(tmp_path / "elsewhere")
     torch.save(state, tmp_path / "last.pt")
     flags = ["--resume", str(tmp_path), "--clip-model", "here", "--worker-timeout", "300"]
+    flags += ["--compile", "--no-capture-video"]  # how it runs, not what
     monkeypatch.setattr(sys, "argv", [SCRIPT, *flags])
     args = parse_args()
     assert args.clip_model == "here" and args.worker_timeout == 300
+    assert args.compile and not args.capture_video
     flags = ["--resume", str(tmp_path), "--clip-model", str(ROOT / "tests" / "tiny_clip")]
     monkeypatch.setattr(sys, "argv", [SCRIPT, *flags])
     with pytest.raises(SystemExit) as exit_:  # it was not moved there: this is another one
@@ -721,6 +709,14 @@ def children(pid: int) -> list[int]:
     return [int(child) for child in listing.split()]
 
 
+def lives(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state != "Z"  # ended, and nobody asked yet how
+
+
 @pytest.mark.parametrize(
     ("worker", "blow", "what"),
     [(0, signal.SIGKILL, "died"), (1, signal.SIGKILL, "died"), (1, signal.SIGSTOP, "failed")],
@@ -737,8 +733,10 @@ def test_a_dead_or_hanging_worker_ends_the_run_in_one_line(
     assert process.returncode == 1
     assert f"worker [{worker}] of 4 {what}" in errors and "--num-envs" in errors
     assert "Traceback" not in errors
-    time.sleep(1)
-    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+    deadline = time.time() + 30
+    while any(map(lives, workers)):
+        assert time.time() < deadline
+        time.sleep(0.1)
     assert networks(only_run(tmp_path))
 
 
@@ -825,9 +823,9 @@ def test_nan_stops_the_run_and_leaves_the_last_checkpoint(tmp_path, random_clip)
 )
 def test_bad_input_is_one_line(tmp_path, random_clip, flags, words, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(
-        sys, "argv", ["sac_clip_humanoid.py", "--clip-model", str(random_clip), *flags]
-    )
+    monkeypatch.setattr(sys, "argv", [SCRIPT, "--clip-model", str(random_clip), *flags])
+    monkeypatch.setattr("sac_clip_humanoid.Replay", lambda *_: pytest.fail("the run begins"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda *_: None)  # a machine without wandb
     with pytest.raises(SystemExit) as exit_:
         main()
     errors = capsys.readouterr().err
@@ -863,9 +861,10 @@ def test_cuda_asked_for_and_absent(tmp_path, monkeypatch, capsys):
     assert errors.count("\n") == 1 and not (tmp_path / "runs").exists()
 
 
-def test_no_gl_library_names_the_packages(tmp_path):
+@pytest.mark.parametrize("script", [SCRIPT, "dqn_clip_playhouse.py"])
+def test_no_gl_library_names_the_packages(script, tmp_path):
     result = subprocess.run(
-        command(SCRIPT), cwd=tmp_path, capture_output=True, text=True,
+        command(script), cwd=tmp_path, capture_output=True, text=True, timeout=120,
         env={**os.environ, "MUJOCO_GL": "osmesa", "PYOPENGL_PLATFORM": "osmesa",
              "LD_LIBRARY_PATH": str(tmp_path)},
     )  # fmt: skip

@@ -40,7 +40,7 @@ def kill_after_a_checkpoint(script: str, folder: Path, *flags: str) -> Path:
     """A run's folder after SIGKILL, between two checkpoints; none of its workers lives on."""
     name = f"{folder.name}-{script}"  # two scripts may be tested at a time
     process = start(script, folder, *flags, "--exp-name", name)
-    time.sleep(1)
+    time.sleep(0.3)
     process.send_signal(signal.SIGKILL)
     process.wait()
     deadline = time.time() + 30  # for the workers to see that their parent is gone
