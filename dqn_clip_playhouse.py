@@ -80,7 +80,7 @@ LOCAL_WORLD_SIZE = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # ranks on this m
 FAMILIES = ("find", "lift", "place")
 MAX_STEPS = 100  # of an episode
 VIDEO_SIZE = 320  # pixels
-LAYOUT = 2  # of checkpoints and replay files; one more whenever they change
+LAYOUT = 3  # of checkpoints and replay files; one more whenever they change
 
 
 @dataclass
@@ -106,8 +106,8 @@ class Args:
     evaluate: Path | None = None
     """a run's folder whose agents to replay, beside a random one, instead of training"""
     track: bool = False  # log to Weights and Biases too (pip install wandb)
-    wandb_project_name: str = "clip-rl"  # its project
-    wandb_entity: str | None = None  # its team
+    wandb_project_name: str = "clip-rl"  # project in Weights and Biases
+    wandb_entity: str | None = None  # team in Weights and Biases
     worker_timeout: float = 60.0  # seconds after which a worker that does not answer ends the run
 
     # ---- Environment
@@ -964,7 +964,7 @@ def make_envs(args: Args, num_envs: int, size: int) -> gym.vector.AsyncVectorEnv
     main_process = os.getpid()
 
     def make_env():
-        if os.getpid() != main_process:  # which makes one too, to ask for its spaces
+        if os.getpid() != main_process:  # AsyncVectorEnv makes one there too, for its spaces
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             os.nice(10)  # on few cores workers would keep the main process from its updates
@@ -1260,66 +1260,68 @@ class Replay:
                 ring[blocks % self.slots] = chunk[name]
             filled += int((blocks >= head - self.slots).sum())
         self._list_arrivals()
-        check(
-            filled >= min(head, self.slots),
-            f"--resume {folder.parents[1]}: files are missing in its replay/; restore them",
-        )
+        remedy = "files are missing in its replay/; restore them"
+        check(filled >= min(head, self.slots), f"--resume {folder.parents[1]}: {remedy}")
 
 
 class QNetwork(nn.Module):
     """Q(s, g, a) of what is seen [B, h, w, C k], the traces of the actions before [B, 27] and the
-    text embeddings of the goal and of its landmark [B, 2, C] -> [B, 9]. Entries are of about 1.
+    texts of the goal [B, 4, C], as `goal_texts` has them -> [B, 9]. Entries are of about 1.
 
     Of CLIP's cells two maps say where the goal's toy and its place are: the products of each cell
-    with the two texts. Half of the others come from 1 x 1 filters that the goal writes.
+    with their names. What else it knows of the goal is what to do with them, which is common to all
+    toys: so it cannot learn by heart how one of them was reached in one home.
     """
 
-    def __init__(self, seen: torch.Tensor, goal_dim: int, maps: int = 8):
+    def __init__(self, seen: torch.Tensor, text_dim: int):
         super().__init__()
         _, height, width, channels = seen.shape
-        self.stem, similarities = None, 2 * channels // goal_dim
+        self.stem, maps = None, 2 * channels // text_dim
         if seen.dtype == torch.uint8:  # pixels, [B, H, W, 3 k]
             self.stem = nn.Sequential(
                 nn.Conv2d(channels, 32, 4, stride=4), nn.ReLU(),
                 nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.ReLU(),
             )  # fmt: skip
-            height, width, channels, similarities = height // 8, width // 8, 64, 0
-        self.filters = nn.Linear(goal_dim, maps * (channels + 1))  # weights and a bias of each
-        self.common = nn.Linear(channels, maps)
-        self.convolution = nn.Conv2d(2 * maps + similarities, 16, 3, padding=1)
+            height, width, channels, maps = height // 8, width // 8, 64, 0
+        self.cells = nn.Linear(channels, 8)
+        self.convolution = nn.Conv2d(8 + maps, 16, 3, padding=1)
         self.hidden = nn.Linear(16 * height * width, 256)
         self.traces = nn.Linear(TRACES, 256)
-        self.gate = nn.Linear(goal_dim, 256)
+        self.gate = nn.Linear(text_dim, 256)
         self.head = nn.Linear(256, len(ACTIONS))
 
     def forward(self, seen: torch.Tensor, traces: torch.Tensor, texts: torch.Tensor):
-        goal, x = texts[:, 0], seen.float()
-        if self.stem is not None:
-            x = self.stem(x.permute(0, 3, 1, 2) / 255 - 0.5).permute(0, 2, 3, 1)
-        cells = x.flatten(1, 2)  # [B, h w, C k]
-        filters = self.filters(goal).unflatten(1, (-1, cells.shape[-1] + 1))
-        weight, bias = filters[..., :-1], filters[..., -1]  # [B, maps, C k], [B, maps]
-        own = cells @ (weight / cells.shape[-1] ** 0.5).mT + bias[:, None]
-        maps = [F.relu(own), F.relu(self.common(cells))]
+        goal, what, x = texts[:, 0], texts[:, 1], seen.float()
+        if self.stem is not None:  # which shows no toy's name: the gate has to know it
+            x, what = self.stem(x.permute(0, 3, 1, 2) / 255 - 0.5).permute(0, 2, 3, 1), goal
+        maps = [F.relu(self.cells(x))]
         if self.stem is None:
-            frames = cells.view(len(cells), -1, goal.shape[-1])  # [B, h w k, C]
-            cosines = frames @ (texts / goal.shape[-1] ** 0.5).mT  # times the root of C
-            maps.append(cosines.view(len(cells), cells.shape[1], -1))
-        x = torch.cat(maps, -1).unflatten(1, x.shape[1:3]).permute(0, 3, 1, 2)
-        x = F.relu(self.convolution(x))
+            frames = x.unflatten(-1, (-1, texts.shape[-1]))  # [B, h, w, k, C]
+            names = texts[:, 2:] / texts.shape[-1] ** 0.5  # the products are cosines times its root
+            maps.append((frames @ names[:, None, None].mT).flatten(-2))  # [B, h, w, 2 k]
+        x = F.relu(self.convolution(torch.cat(maps, -1).permute(0, 3, 1, 2)))
         x = F.relu(self.hidden(x.flatten(1)) + self.traces(traces))
-        return self.head(x * torch.sigmoid(self.gate(goal)))
+        return self.head(x * torch.sigmoid(self.gate(what)))
 
 
-def prompt_embeddings(clip: CLIPReward) -> torch.Tensor:
-    """Embeddings [240, 2, D] of each goal's prompt and of the name of its place, 0 if it has none,
-    less the mean of all training prompts."""
-    shared = clip.goal[: len(TRAIN_GOALS)].mean(0)
+def goal_texts(clip: CLIPReward) -> torch.Tensor:
+    """Embeddings [240, 4, D] of each goal: of its prompt; of what to do, the mean of the training
+    prompts of that family and place; of its toy's name; of its place's name, 0 if it has none. All
+    of them less the mean of all training prompts.
+
+    The prompt alone would not say where the toy is: "a red ball in the hand" is far from the cells
+    that show a red ball.
+    """
+    prompts = clip.goal[: len(TRAIN_GOALS)]
+    shared = prompts.mean(0)
+    alike = [[g[0::3] == goal[0::3] for g in TRAIN_GOALS] for goal in GOALS]  # family and place
+    what = torch.stack([prompts[torch.tensor(mask)].mean(0) for mask in alike])
+    toy = clip.goal[[GOALS.index(Goal("find", goal.colour, goal.kind)) for goal in GOALS]]
     names = clip.encode_text([f"a {place}" for place in PLACES])
-    places = [*PLACES, None]
-    landmarks = F.pad(F.normalize(names - shared, dim=-1), (0, 0, 0, 1))  # [4, D]
-    landmark = landmarks[[places.index(goal.place) for goal in GOALS]]
-    return torch.stack([F.normalize(clip.goal - shared, dim=-1), landmark], 1)
+    texts = F.normalize(torch.stack([clip.goal, what, toy], 1) - shared, dim=-1)
+    places = F.pad(F.normalize(names - shared, dim=-1), (0, 0, 0, 1))  # [4, D]
+    place = places[[[*PLACES, None].index(goal.place) for goal in GOALS]]
+    return torch.cat([texts, place[:, None]], 1)
 
 
 def shrink(frames: np.ndarray, size: int, device) -> torch.Tensor:
@@ -1329,7 +1331,8 @@ def shrink(frames: np.ndarray, size: int, device) -> torch.Tensor:
 
 
 def collective(call: Callable, *args) -> None:
-    """Of all ranks. If one died gloo raises, which here is one line; NCCL leaves it to torchrun."""
+    """A call that every rank makes. If another one died gloo raises, and this one ends in one line;
+    with NCCL it is torchrun that ends it."""
     try:
         call(*args)
     except RuntimeError as error:
@@ -1475,15 +1478,13 @@ def parse_args() -> Args:
         return args
     # What may differ from the run's own arguments; the rest would make it another run.
     # The CLIP may lie elsewhere by now; load_agent checks that it is the same one.
-    may_differ = {"resume", "evaluate", "device", "worker_timeout", "clip_model"}
+    may_differ = {"resume", "evaluate", "device", "worker_timeout", "clip_model", "compile"}
     if args.resume:
         state = load_checkpoint(run, "last.pt", "--resume")
-        may_differ |= {"total_timesteps"}
+        may_differ |= {"total_timesteps", "capture_video", "track"}
         ranks = len(state["ranks"])
-        check(
-            ranks == WORLD_SIZE,
-            f"--resume {run}: has {ranks} rank(s); torchrun --nproc-per-node={ranks}",
-        )
+        remedy = f"torchrun --nproc-per-node={ranks}"
+        check(ranks == WORLD_SIZE, f"--resume {run}: has {ranks} rank(s); {remedy}")
     else:
         state = load_checkpoint(run, "best.pt", "--evaluate")
         may_differ |= {"final_episodes", "num_envs", "precision", "policy_temperature"}
@@ -1520,8 +1521,8 @@ def main() -> None:
         args.precision = "bf16" if has_bf16 else "fp32"
     # The workers are forked before this process touches CUDA, and never touch it themselves.
     envs = make_envs(args, args.num_envs, args.frame_size)
-    records = args.capture_video and RANK == 0 or args.evaluate is not None
-    video_envs = make_envs(args, 1, VIDEO_SIZE) if records else None
+    record = RANK == 0 and (args.capture_video or args.evaluate is not None)
+    video_envs = make_envs(args, 1, VIDEO_SIZE) if record else None
     for workers in filter(None, (envs, video_envs)):  # can all of them draw here?
         with worker_failures(workers, "first frame"):
             workers.reset_async()
@@ -1543,7 +1544,7 @@ def main() -> None:
             clip.encode_maps(blank)
     except ValueError as error:
         check(False, str(error))
-    text = prompt_embeddings(clip)  # [240, 2, D]
+    text = goal_texts(clip)  # [240, 4, D]
     train_goals, heldout_goals = goals_for(args, TRAIN_GOALS), goals_for(args, HELDOUT_GOALS)
 
     torch.manual_seed(args.seed)
@@ -1566,7 +1567,8 @@ def main() -> None:
     stack = example.repeat(1, 1, 1, args.frame_stack)  # [N, h, w, C k], what the network sees
     q_network = QNetwork(stack, projection.shape[1]).to(device)
     target = copy.deepcopy(q_network).requires_grad_(False)
-    # The learning rate is a tensor, as --compile makes a number a constant.
+    # The learning rate is a tensor, as --compile would make a number a constant; capturable keeps
+    # Adam's count of steps on the GPU, for the CUDA graph.
     learning_rate = torch.tensor(args.learning_rate, device=device)
     adam = {"lr": learning_rate, "fused": True, "capturable": device == "cuda"}
     optimizer = torch.optim.Adam(q_network.parameters(), **adam)
@@ -1632,10 +1634,8 @@ def main() -> None:
     def load_agent(state: dict, run: Path) -> None:
         """Network, projection and beta of a checkpoint, which must be of this CLIP."""
         saved = state["prompts"].to(device)
-        check(
-            saved.shape == clip.goal.shape and (saved * clip.goal).sum(-1).min() > 0.99,
-            f"--clip-model {args.clip_model}: not the CLIP that {run} was started with; name that",
-        )
+        same = saved.shape == clip.goal.shape and (saved * clip.goal).sum(-1).min() > 0.99
+        check(same, f"--clip-model {args.clip_model}: not the CLIP of {run}; name that one")
         q_network.load_state_dict(state["q_network"])
         projection.copy_(state["projection"])
         beta.copy_(state["beta"])
@@ -1745,8 +1745,8 @@ def main() -> None:
         clock = time.time()
 
     def update(seen, traces, a_t, r_t, seen_next, traces_next, n, g) -> dict[str, torch.Tensor]:
-        """One gradient step on a batch, with the embeddings g [B, 2, C] of goals and landmarks;
-        returns the losses. Its inputs are single tensors, as those of a CUDA graph have to be."""
+        """One gradient step on a batch, with the texts g [B, 4, C] of the goals; returns the
+        losses. Its inputs are single tensors, as those of a CUDA graph have to be."""
         s_t, s_next = (seen, traces), (seen_next, traces_next)
         with torch.no_grad():
             q_next = target(*s_next, g)  # [B, 9]
@@ -1927,7 +1927,7 @@ def main() -> None:
             saved_block = replay.head
             ranks = gather({"generator": generator.get_state(), "episode": episode.tolist()})
             if RANK == 0:  # now all have their replay on disk
-                writer.flush()  # first: a resume logs nothing again that is before last.pt
+                writer.flush()  # before last.pt: a resume logs again only what is after that
                 save_checkpoint("last.pt", ranks)
             lap("checkpoint")
     bar.close()
