@@ -1,0 +1,467 @@
+"""The main loops of both scripts in a world of numbers, against slow references.
+
+Two environments without a simulator, in this process, and a CLIP that reads digits: what is stored,
+trained on, evaluated and saved can be told exactly.
+"""
+
+import copy
+import inspect
+import math
+import sys
+from concurrent.futures import Future
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import dqn_clip_playhouse as dqn  # first: it puts torch before the first GL context
+import sac_clip_humanoid as sac
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from whole_runs import only_run
+
+FLAGS = ["--num-envs", 2, "--frame-size", 8, "--batch-size", 16, "--device", "cpu"]
+FLAGS += ["--precision", "fp32", "--no-capture-video"]
+SAC_FLAGS = ["--hidden", 8, "--buffer-size", 1000, "--learning-starts", 100]
+DQN_FLAGS = ["--reward", "env", "--policy-input", "pixels", "--policy-size", 8]
+DQN_FLAGS += ["--buffer-size", 2000]
+
+
+class Bodies:
+    """Two environments whose state, [N, 3], and frame show step, environment and episode."""
+
+    num_envs, limit = 2, 50
+    single_observation_space = {"state": np.zeros(3)}
+    single_action_space = np.zeros(3)
+
+    def __init__(self):
+        self.step, self.episode = np.zeros(2, int), np.zeros(2, int)
+        self.resets, self.actions = [], []
+
+    def observe(self):
+        numbers = np.stack([self.step, np.arange(2), self.episode], 1)
+        frame = np.tile(numbers[:, None, None].astype(np.uint8), (1, 8, 8, 1))
+        return {"state": numbers.astype(np.float32), "frame": frame}
+
+    def reset_async(self, seed=None, options=None):
+        self.resets.append((seed, options))
+        begins = (options or {}).get("reset_mask", np.ones(2, bool))
+        self.step[begins], self.episode = 0, self.episode + begins
+
+    def reset_wait(self, timeout):
+        return self.observe(), {}
+
+    def step_async(self, action):
+        self.actions.append(action)
+        self.step += 1
+
+    def step_wait(self, timeout):
+        info = {"steps": np.full(2, 2)}
+        return self.observe(), np.zeros(2), np.zeros(2, bool), self.step >= self.limit, info
+
+    def close(self):
+        pass
+
+
+class Homes(Bodies):
+    """Goal 0 is reached at step 6, in every second episode."""
+
+    limit = 100
+
+    def reset_wait(self, timeout):
+        return self.observe()["frame"], {"goal": np.zeros(2, int)}
+
+    def step_wait(self, timeout):
+        reached = np.zeros((2, len(dqn.GOALS)), bool)
+        reached[:, 0] = (self.step == 6) & (self.episode % 2 == 0)
+        info = {"reached": reached, "success": reached[:, 0]}
+        return self.observe()["frame"], None, None, self.step >= self.limit, info
+
+
+class Digits(torch.nn.Module):
+    """In CLIP's place: a frame's reward is its step, and 1000 in environment 1."""
+
+    temperature = 1.0
+
+    def __init__(self, model, goals, *args, **kwargs):
+        super().__init__()
+        rng = torch.Generator().manual_seed(0)
+        self.goal = F.normalize(torch.randn(len(goals), 8, generator=rng), dim=-1)
+        self.baseline = self.goal[0]
+
+    def encode_text(self, prompts):
+        return self.goal[: len(prompts)]
+
+    def forward(self, frames):
+        return torch.from_numpy(frames[:, 0, 0, :2] @ np.array([[1.0], [1000.0]])).float()
+
+
+@pytest.fixture
+def world(monkeypatch, tmp_path):
+    """Puts a script there; returns the environments that it makes, and what starts it."""
+    monkeypatch.chdir(tmp_path)
+
+    def enter(script: ModuleType, kind: type):
+        made = []
+        monkeypatch.setattr(script, "make_envs", lambda *args: made.append(kind()) or made[-1])
+        monkeypatch.setattr(script, "CLIPReward", Digits)
+
+        def start(*flags):
+            monkeypatch.setattr(sys, "argv", ["script", *map(str, flags)])
+            script.main()
+
+        return made, start
+
+    return enter
+
+
+class Found(Exception):
+    pass
+
+
+def update_of(start, monkeypatch, *flags):
+    """A script's closure `update`, and what that closes over, by name."""
+
+    def stop(function):
+        raise Found(function)
+
+    monkeypatch.setattr(torch, "compile", stop)
+    with pytest.raises(Found) as found:
+        start(*flags, "--compile")
+    (update,) = found.value.args
+    return update, inspect.getclosurevars(update).nonlocals
+
+
+def shake(module: torch.nn.Module, rng: torch.Generator, size: float) -> None:
+    with torch.no_grad():
+        for weight in module.parameters():
+            weight += size * torch.randn(weight.shape, generator=rng)
+
+
+# ---- Updates ------------------------------------------------------------------------------------
+
+
+def test_dqn_targets_equal_a_slow_reference(world, monkeypatch):
+    _, start = world(dqn, Homes)
+    flags = ["--gamma", 0.8, "--policy-temperature", 0.3, "--target-temperature", 0.7]
+    update, own = update_of(start, monkeypatch, *FLAGS, *DQN_FLAGS, *flags)
+    network, target, rng = own["q_network"], own["target"], torch.Generator().manual_seed(0)
+    for part, first, last in ((network, 1, 0), (target, -1, 1.5)):  # which actions look good to it
+        shake(part, rng, 0.1)
+        with torch.no_grad():
+            part.head.bias += torch.linspace(first, last, 9)
+    B = 64
+    s, s_next = (
+        (
+            torch.randint(256, (B, 8, 8, 3), generator=rng, dtype=torch.uint8),
+            torch.rand(B, dqn.TRACES, generator=rng),
+        )
+        for _ in range(2)
+    )
+    a, n = torch.randint(9, (B,), generator=rng), torch.randint(1, 6, (B,), generator=rng)
+    r = (torch.rand(B, generator=rng) < 0.3).float()
+    goal = torch.randn(B, 4, network.gate.in_features, generator=rng)
+    values = []
+    for double_q in (True, False):
+        own["args"].double_q = double_q
+        with torch.no_grad():
+            q, chosen, valued = (
+                network(*s, goal), network(*s_next, goal), target(*s_next, goal)
+            )  # fmt: skip
+        y = []
+        for i in range(B):
+            weight = (chosen if double_q else valued)[i].clamp(min=0.01) ** (1 / 0.7)
+            values.append(float(weight / weight.sum() @ valued[i]))
+            later = 0.8 ** int(n[i]) * min(max(values[-1], 0), 1)
+            y.append(0.8 ** (int(n[i]) - 1) if r[i] else later)
+        error = (q[range(B), a] - torch.tensor(y)).abs()
+        huber = torch.where(error < 1, error**2 / 2, error - 0.5).mean()
+        before = copy.deepcopy(target.state_dict())
+        torch.testing.assert_close(update(*s, a, r, *s_next, n, goal)["td_loss"], huber)
+        assert all(torch.equal(x, before[name]) for name, x in target.state_dict().items())
+    beyond = [value < 0 or value > 1 for value in values]
+    assert 20 < sum(beyond) < 2 * B - 20  # so that limits count, and what lies between them
+
+
+def test_sac_updates_equal_a_slow_reference(world, monkeypatch):
+    _, start = world(sac, Bodies)
+    flags = ["--reward", "env", "--gamma", 0.8, "--tau", 0.3, "--actor-tau", 0.1]
+    flags += ["--reward-scale", 5, "--initial-ent-coef", 0.2]
+    update, own = update_of(start, monkeypatch, *FLAGS, *SAC_FLAGS, *flags)
+    critic, target, actor, agent = (own[name] for name in ("critic", "target", "actor", "agent"))
+    rng, B = torch.Generator().manual_seed(0), 64
+    for part in (critic, target, agent):
+        shake(part, rng, 0.3)
+    s, s_next, a, noise = (
+        torch.randn(*shape, generator=rng) for shape in ((B, 3), (B, 3), (B, 3), (2, B, 3))
+    )
+    r, terminated = torch.randn(B, generator=rng), (torch.rand(B, generator=rng) < 0.5).float()
+    with torch.no_grad():
+        a_next, log_pi = actor.sample(s_next, noise[0])
+        v_next = torch.minimum(*target(s_next, a_next)) - 0.2 * log_pi
+        y = 5 * r + 0.8 * torch.where(terminated == 1, 0, v_next)
+        qf_loss = sum(((q - y) ** 2).mean() for q in critic(s, a))
+    slow = {name: copy.deepcopy(own[name]) for name in ("target", "agent", "actor")}
+    losses = update(s, a, r, s_next, terminated, noise)
+    torch.testing.assert_close(losses["qf_loss"], qf_loss)
+    # The actor climbs the critics as they are by now.
+    a_pi, log_pi = slow["actor"].sample(s, noise[1])
+    (0.2 * log_pi - torch.minimum(*critic(s, a_pi))).mean().backward()
+    for weight, expected in zip(actor.parameters(), slow["actor"].parameters(), strict=True):
+        torch.testing.assert_close(weight.grad, expected.grad)
+    # d/dx of -exp(x) * (log pi + the target entropy of -3), at exp(x) = 0.2
+    expected = -0.2 * (log_pi.detach().mean() - 3)
+    torch.testing.assert_close(own["log_ent_coef"].grad, expected)
+    for name, fast, tau in (("target", critic, 0.3), ("agent", actor, 0.1)):
+        for now, old, new in zip(
+            own[name].parameters(), slow[name].parameters(), fast.parameters(), strict=True
+        ):
+            torch.testing.assert_close(now, old + tau * (new - old))
+
+
+@pytest.mark.parametrize("script", [sac, dqn])
+def test_gradients_are_averaged_over_the_ranks(script, monkeypatch):
+    monkeypatch.setattr(script, "WORLD_SIZE", 2)
+    monkeypatch.setattr(script.dist, "all_reduce", lambda x: x.add_(4))  # another one's, all 4
+    x, y = torch.randn(2, 3), torch.randn(())
+    expected = (x + 4) / 2, (y + 4) / 2
+    script.average(x, y)
+    torch.testing.assert_close((x, y), expected)
+
+
+# ---- Evaluations --------------------------------------------------------------------------------
+
+
+class Falling(Bodies):
+    """Body 0 ends after 4 steps, of which 2 are in the goal state; body 1 after 10, of which 4."""
+
+    def step_wait(self, timeout):
+        t = self.step[0]
+        # By body and task; what comes after an episode's end is not its own.
+        goal_state = np.array([[t <= 2 or t > 4, True], [True, t <= 4]])
+        terminated, truncated = np.array([t == 4, False]), np.array([False, t == 10])
+        return self.observe(), np.ones(2), terminated, truncated, {"goal_state": goal_state * 1.0}
+
+
+def test_an_evaluation_of_bodies_counts_each_episode_to_its_end():
+    def score(frames):
+        future = Future()
+        future.set_result(np.stack([frames[..., 0, 0, 0], np.full((1, 2), 100)], -1))
+        return future
+
+    envs, args = Falling(), sac.Args(action_repeat=2)
+    policy = lambda state, goal: np.full((2, 1), 0.5)
+    means, film = sac.evaluate(envs, policy, score, ["first", "second"], 2, (7, 1), args)
+    assert means["success_rate"] == 0.5
+    assert means["success_rate_first"] == 1 and means["success_rate_second"] == 0
+    assert means["goal_state"] == pytest.approx((2 / 4 + 4 / 10) / 2)
+    assert means["episodic_return"] == (4 + 10) / 2
+    assert means["clip_return"] == (1 + 2 + 3 + 4 + 10 * 100) / 2
+    seeds = [seed for seeds, _ in envs.resets for seed in seeds]
+    assert seeds == [sac.stream_seed(7, 1, i) for i in range(4)]
+    assert (np.stack(envs.actions) == 0.5 * sac.ACTION_SCALE).all()
+    assert film[:10, 0, 0, 0].tolist() == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
+
+
+def test_an_evaluation_of_homes_draws_their_goals_and_counts_the_episodes_asked_for():
+    envs = Homes()
+    see = lambda frames: (torch.from_numpy(frames), None)
+    judge = lambda frames, embeddings, infos: torch.zeros(1, 2, len(dqn.GOALS))
+    play = lambda *args: torch.tensor([0, 1])
+    goals, args = dqn.HELDOUT_GOALS, dqn.Args()
+    means, _ = dqn.evaluate(envs, play, 3, (7, 2), goals, see, judge, None, args, "cpu")
+    seeds = [[dqn.stream_seed(7, 2, i) for i in pair] for pair in ((0, 1), (2, 3))]
+    assert envs.resets == [(pair, {"goals": dqn.evenly(goals)}) for pair in seeds]
+    assert means["success_rate"] == pytest.approx(1 / 3)  # the fourth succeeds, and is not counted
+
+
+# ---- Loops --------------------------------------------------------------------------------------
+
+
+def whole_replay(run: Path) -> list[dict]:
+    files = sorted((run / "replay/0").glob("*.pt"), key=lambda file: int(file.stem.split("-")[0]))
+    return [torch.load(file, weights_only=True) for file in files]
+
+
+def test_the_sac_loop_stores_each_frame_and_keeps_the_best(world, monkeypatch):
+    made, start = world(sac, Bodies)
+    clip_returns, keys, reported = iter([1.0, 3.0, 2.0, 2.5]), [], []
+
+    def evaluate(envs, policy, score, tasks, episodes, key, args):
+        keys.append(key)
+        if key[1] == sac.REPORT:
+            reported.append(policy(np.ones((2, 3), np.float32), np.zeros(2, int)))
+            return {"clip_return": 0.0}, None
+        value = next(clip_returns)
+        return {"clip_return": value, "success_rate": -value}, None  # it must not select
+
+    monkeypatch.setattr(sac, "evaluate", evaluate)
+    flags = ["--total-timesteps", 600, "--eval-every", 200, "--checkpoint-every", 200]
+    start(*FLAGS, *SAC_FLAGS, *flags, "--updates-per-step", 0.1)
+    run = only_run(Path())
+    last, best = (torch.load(run / f"{name}.pt", weights_only=True) for name in ("last", "best"))
+    assert (last["step"], best["step"]) == (600, 400)
+    assert keys == [(1, sac.SELECTION)] * 3 + [(1, sac.REPORT)] * 4
+    for state, action in zip((last, best), reported[2:], strict=True):
+        agent, normaliser = sac.Actor(3, 3, 8), sac.Normaliser(3)
+        agent.load_state_dict(state["agent"])
+        normaliser.load_state_dict(state["normaliser"])
+        expected = torch.tanh(agent(normaliser(torch.ones(2, 3)))[0])
+        np.testing.assert_allclose(action, expected.detach().numpy(), atol=1e-6)
+    assert not np.allclose(reported[2], reported[3])
+    assert last["critic_optimizer"]["state"][0]["step"] == 50  # (600 - 100) * 0.1
+    assert last["normaliser"]["count"] == pytest.approx(300, abs=1e-2)  # frames
+    rate = last["actor_optimizer"]["param_groups"][0]["lr"]
+    assert rate == pytest.approx(sac.Args().learning_rate * (1 - 596 / 600))
+
+    parts = whole_replay(run)
+    s, a, r, terminated, _ = (
+        torch.cat(ring) for ring in zip(*(p["data"] for p in parts), strict=True)
+    )
+    rows = torch.cat([part["has_transition"] for part in parts]).nonzero()[:, 0]
+    s_next = s[rows + 1]
+    assert len(rows) == 150 and s_next[..., 0].max() == 50
+    assert torch.equal(s_next, s[rows] + torch.tensor([1.0, 0, 0]))  # never that of a reset
+    assert torch.equal(r[rows, :, 0], 2 * (s_next[..., 0] + 1000 * s_next[..., 1]))
+    assert not terminated.any()  # a time limit is no terminal state
+    taken = torch.from_numpy(np.stack(made[0].actions))
+    torch.testing.assert_close(taken, sac.ACTION_SCALE * a[rows])
+
+    start("--resume", run, "--total-timesteps", 800)  # its evaluation is not the best
+    last, best = (torch.load(run / f"{name}.pt", weights_only=True) for name in ("last", "best"))
+    assert (last["step"], best["step"]) == (800, 400)
+
+
+def test_the_dqn_loop_stores_blocks_mirrors_half_and_copies_its_target(world, monkeypatch):
+    made, start = world(dqn, Homes)
+    success = iter([1.0, 3.0, 2.0])
+
+    def evaluate(envs, play, episodes, key, goals, **options):
+        return {"success_rate": next(success) if key[1] == dqn.SELECTION else 0.0}, None
+
+    sampled, trained, heads = [], [], []
+    sample = dqn.Replay.sample
+
+    def recorded_sample(*args):
+        batch = s, a, r, s_next, n, goal = sample(*args)
+        sampled.append([x.clone() for x in (*s, a, r, *s_next, n)])
+        return batch
+
+    def recorded_update(update):
+        network = inspect.getclosurevars(update).nonlocals["q_network"]
+
+        def call(*inputs):
+            trained.append([x.clone() for x in inputs[:7]])
+            losses = update(*inputs)
+            heads.append(network.head.weight.detach().clone())
+            return losses
+
+        return call
+
+    monkeypatch.setattr(dqn, "evaluate", evaluate)
+    monkeypatch.setattr(dqn.Replay, "sample", recorded_sample)
+    monkeypatch.setattr(torch, "compile", recorded_update)
+    flags = ["--total-timesteps", 1200, "--eval-every", 400, "--checkpoint-every", 400]
+    flags += ["--learning-starts", 400, "--updates-per-step", 0.1, "--target-every", 30]
+    start(*FLAGS, *DQN_FLAGS, *flags, "--frame-stack", 2, "--compile")
+    run = only_run(Path())
+    last, best = (torch.load(run / f"{name}.pt", weights_only=True) for name in ("last", "best"))
+    assert (last["step"], best["step"], last["updates"], len(heads)) == (1200, 800, 80, 80)
+    assert torch.equal(last["target"]["head.weight"], heads[59])
+    assert not torch.equal(heads[59], heads[79])
+
+    mirrored = torch.tensor(dqn.MIRRORED)
+    for before, now in zip(sampled, trained, strict=True):
+        for i in (0, 4):  # s and s': what is seen, and the traces
+            seen, traces = dqn.mirror(before[i][:8], before[i + 1][:8], mirrored)
+            assert torch.equal(now[i], torch.cat([seen, before[i][8:]]))
+            assert torch.equal(now[i + 1], torch.cat([traces, before[i + 1][8:]]))
+        assert torch.equal(now[2], torch.cat([mirrored[before[2][:8]], before[2][8:]]))
+        assert torch.equal(now[3], before[3]) and torch.equal(now[6], before[6])
+
+    parts = whole_replay(run)
+    blocks = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}  # [150, ...]
+    before, now = blocks["seen"][..., 0, 0, :].long().chunk(2, -1)  # [150, 5, N, 3], two frames
+    step = blocks["age"][:, None] + torch.arange(5)[:, None]
+    assert torch.equal(now[..., 0], step) and torch.equal(before[..., 0], (step - 1).clamp(min=0))
+    assert torch.equal(before[..., 1:], now[..., 1:])  # of the same environment and episode
+    reached = blocks["reached"][..., 0]
+    assert torch.equal(reached, (now[:, 1:, :, 0] == 6) & (now[:, 1:, :, 2] % 2 == 0))
+    ends = reached.any(1) | (blocks["age"] == 96)
+    ends[49::50] = True  # evaluations
+    assert reached.any() and torch.equal(blocks["age"][1:] == 0, ends[:-1])
+    traces, actions = torch.zeros(2, dqn.TRACES), blocks["action"].long()
+    for block in range(150):
+        traces[blocks["age"][block] == 0] = 0
+        for k in range(4):
+            torch.testing.assert_close(
+                blocks["traces"][block, k].float(), traces, atol=2e-3, rtol=0
+            )
+            traces = dqn.remember(traces, actions[block, k])
+    assert np.array_equal(np.stack(made[0].actions), actions.flatten(0, 1))
+    assert all(options["in_hand"] == 0.5 for _, options in made[0].resets[1:])
+
+
+def test_exploration_falls_and_keeps_its_actions(world, monkeypatch):
+    made, start = world(dqn, Homes)
+    stay = dqn.ACTIONS.index("stay")
+    monkeypatch.setattr(dqn, "evaluate", lambda *args, **options: ({"success_rate": 0.0}, None))
+    q = F.one_hot(torch.tensor([stay] * 2), 9).float()
+    monkeypatch.setattr(dqn.QNetwork, "forward", lambda *args: q)
+    flags = ["--total-timesteps", 3000, "--eval-every", 3000, "--checkpoint-every", 3000]
+    flags += ["--learning-starts", 1000, "--epsilon-steps", 1000, "--epsilon-end", 0.1]
+    start(*FLAGS, *DQN_FLAGS, *flags, "--updates-per-step", 1e-9, "--explore-steps", 4)
+    actions = np.stack(made[0].actions)  # [1500, N]
+    phases = np.split(actions, 3)
+    shares = [(phase != stay).mean() * 9 / 8 for phase in phases]  # of random actions
+    assert shares == pytest.approx([1, 0.55, 0.1], abs=0.08)
+    kept = (phases[0][1:] == phases[0][:-1]).mean()
+    assert kept == pytest.approx(3 / 4 + 1 / 4 / 9, abs=0.04)
+
+
+# ---- Both scripts -------------------------------------------------------------------------------
+
+POSITIVE = [
+    "total_timesteps", "num_envs", "eval_every", "eval_episodes", "final_episodes",
+    "checkpoint_every", "frame_size", "score_every", "buffer_size", "batch_size",
+    "updates_per_step", "learning_rate", "worker_timeout",
+]  # fmt: skip
+SAC_POSITIVE = [
+    "tau", "reward_scale", "hidden", "initial_ent_coef", "action_repeat", "actor_tau", "ent_coef",
+]  # fmt: skip
+DQN_POSITIVE = [
+    "target_every", "policy_temperature", "target_temperature", "epsilon_steps", "n_step",
+    "calibration_episodes", "frame_stack", "policy_size", "temperature",
+]  # fmt: skip
+SAC_SHARES = ["alpha", "greedy_envs", "tau", "actor_tau", "relabel_fraction"]
+DQN_SHARES = ["alpha", "false_positive_rate", "epsilon_end", "relabel_fraction", "in_hand"]
+OUT_OF_RANGE = [
+    *((sac, name, bad) for name in POSITIVE + SAC_POSITIVE for bad in (0, -1, math.nan)),
+    *((dqn, name, bad) for name in POSITIVE + DQN_POSITIVE for bad in (0, -1, math.nan)),
+    *((sac, name, bad) for name in SAC_SHARES for bad in (-0.1, 1.1)),
+    *((dqn, name, bad) for name in DQN_SHARES for bad in (-0.1, 1.1)),
+    *((script, "gamma", bad) for script in (sac, dqn) for bad in (-0.1, 1.0)),
+    *((script, "learning_starts", -1) for script in (sac, dqn)),
+    (dqn, "explore_steps", 0.5),
+]
+
+
+def test_every_number_out_of_range_is_named_in_one_line(capsys):
+    for script, name, bad in OUT_OF_RANGE:
+        with pytest.raises(SystemExit):
+            script.check_args(script.Args(**{name: bad}))
+        error = capsys.readouterr().err
+        assert error.startswith(f"--{name.replace('_', '-')} {bad}: ") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["check", "worker_failures", "atomic_save", "stream_seed", "collective", "average", "gather",
+     "CUDAGraph", "load_checkpoint"],
+)  # fmt: skip
+def test_what_both_scripts_write_out_is_the_same(name):
+    """What was mended in one of them was mended in the other."""
+    assert inspect.getsource(getattr(sac, name)) == inspect.getsource(getattr(dqn, name))
