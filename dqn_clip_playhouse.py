@@ -1296,9 +1296,9 @@ class QNetwork(nn.Module):
             x, what = self.stem(x.permute(0, 3, 1, 2) / 255 - 0.5).permute(0, 2, 3, 1), goal
         maps = [F.relu(self.cells(x))]
         if self.stem is None:
-            frames = x.unflatten(-1, (-1, texts.shape[-1]))  # [B, h, w, k, C]
+            cells = x.reshape(len(x), -1, texts.shape[-1])  # [B, h w k, C]
             names = texts[:, 2:] / texts.shape[-1] ** 0.5  # the products are cosines times its root
-            maps.append((frames @ names[:, None, None].mT).flatten(-2))  # [B, h, w, 2 k]
+            maps.append((cells @ names.mT).view(*x.shape[:3], -1))  # [B, h, w, 2 k]
         x = F.relu(self.convolution(torch.cat(maps, -1).permute(0, 3, 1, 2)))
         x = F.relu(self.hidden(x.flatten(1)) + self.traces(traces))
         return self.head(x * torch.sigmoid(self.gate(what)))
@@ -1314,8 +1314,9 @@ def goal_texts(clip: CLIPReward) -> torch.Tensor:
     """
     prompts = clip.goal[: len(TRAIN_GOALS)]
     shared = prompts.mean(0)
-    alike = [[g[0::3] == goal[0::3] for g in TRAIN_GOALS] for goal in GOALS]  # family and place
-    what = torch.stack([prompts[torch.tensor(mask)].mean(0) for mask in alike])
+    kinds = [(goal.family, goal.place) for goal in GOALS]  # the training goals come first
+    alike = [[i for i in range(len(prompts)) if kinds[i] == kind] for kind in kinds]
+    what = torch.stack([prompts[columns].mean(0) for columns in alike])
     toy = clip.goal[[GOALS.index(Goal("find", goal.colour, goal.kind)) for goal in GOALS]]
     names = clip.encode_text([f"a {place}" for place in PLACES])
     texts = F.normalize(torch.stack([clip.goal, what, toy], 1) - shared, dim=-1)

@@ -487,6 +487,7 @@ def test_a_run_leaves_everything_it_promises(finished):
     report = json.loads((run / "report.json").read_text())
     assert set(report) == {"random", "last", "best"}
     for row in report.values():
+        assert all(0 <= row[split]["success_rate"] <= 1 for split in ("train", "heldout"))
         assert all(math.isfinite(row[split]["clip_success"]) for split in ("train", "heldout"))
     assert "video:" in result.stdout and "best" in result.stdout
     films = {path.name for path in (run / "videos").glob("best*.mp4")}

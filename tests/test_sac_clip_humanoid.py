@@ -399,6 +399,7 @@ def test_a_run_leaves_everything_it_promises(finished):
         assert (run / name).stat().st_size > 100, name
     report = json.loads((run / "report.json").read_text())
     assert set(report) == {"random", "zero", "last", "best"}
+    assert all(0 <= r["success_rate"] <= 1 for r in report.values())
     assert all(math.isfinite(r["clip_return"]) for r in report.values())
     assert "video:" in result.stdout and "best:" in result.stdout
     logged = scalars(run)
