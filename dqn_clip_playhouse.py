@@ -94,13 +94,13 @@ class Args:
     exp_name: str = "dqn_clip_playhouse"  # name of the experiment, part of the run's folder
     seed: int = 1  # of networks, exploration, replay and every home
     device: Literal["auto", "cpu", "cuda"] = "auto"  # of CLIP, networks, replay; auto: CUDA if any
-    total_timesteps: int = 800_000  # environment steps, over all environments of all ranks
+    total_timesteps: int = 240_000  # environment steps, over all environments of all ranks
     num_envs: int = 16  # worker processes of each rank, one home in each
-    eval_every: int = 32_000  # env steps between evaluations; running episodes are cut short there
-    eval_episodes: int = 48  # episodes of each evaluation during training
+    eval_every: int = 40_000  # env steps between evaluations; running episodes are cut short there
+    eval_episodes: int = 96  # episodes of each evaluation during training
     final_episodes: int = 200
     """episodes for each row of the report at the end, in homes that selected nothing"""
-    checkpoint_every: int = 32_000  # env steps between checkpoints; they cut episodes short too
+    checkpoint_every: int = 20_000  # env steps between checkpoints; they cut episodes short too
     capture_video: bool = True  # record an episode at each evaluation, at 320 pixels
     resume: Path | None = None  # a run's folder to continue, with the arguments it was started with
     evaluate: Path | None = None
@@ -165,7 +165,7 @@ class Args:
     target_every: int = 500  # updates between copies of the network into its target
     double_q: bool = True  # the network chooses the next actions, its target values them
     epsilon_end: float = 0.05  # share of random actions after --epsilon-steps; from 1 linearly
-    epsilon_steps: int = 150_000  # env steps after learning starts
+    epsilon_steps: int = 60_000  # env steps after learning starts
     explore_steps: float = 4.0
     """steps, on average, for which a random action is kept while exploring: single ones would not
     leave the room (1 makes it a single one)"""
