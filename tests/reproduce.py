@@ -114,12 +114,12 @@ EXPERIMENTS = {
         2,
     ),
     "find_env": Experiment(
-        "DQN alone: find, on the simulator's truth", f"{DQN} --reward env --family find", 1.0, 1
+        "DQN alone: find, on the simulator's truth", f"{DQN} --reward env --family find", 1.6, 1
     ),
-    "playhouse": Experiment("all families, from CLIP", DQN, 3.0, 2),
-    "playhouse_env": Experiment("all families, on the truth", f"{DQN} --reward env", 1.0, 1),
+    "playhouse": Experiment("all families, from CLIP", DQN, 3.2, 2),
+    "playhouse_env": Experiment("all families, on the truth", f"{DQN} --reward env", 1.6, 1),
     "playhouse_paper": Experiment(
-        "all families, from CLIP, no relabelling", f"{DQN} --relabel-fraction 0", 1.5, 1
+        "all families, from CLIP, no relabelling", f"{DQN} --relabel-fraction 0", 1.6, 1
     ),
 }
 
