@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from whole_runs import only_run
 
-close = functools.partial(torch.testing.assert_close, rtol=1e-4, atol=1e-5)
+close = functools.partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
 
 FLAGS = ["--num-envs", 2, "--frame-size", 8, "--batch-size", 16, "--device", "cpu"]
 FLAGS += ["--precision", "fp32", "--no-capture-video"]
