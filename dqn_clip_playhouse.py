@@ -94,7 +94,7 @@ class Args:
     exp_name: str = "dqn_clip_playhouse"  # name of the experiment, part of the run's folder
     seed: int = 1  # of networks, exploration, replay and every home
     device: Literal["auto", "cpu", "cuda"] = "auto"  # of CLIP, networks, replay; auto: CUDA if any
-    total_timesteps: int = 240_000  # environment steps, over all environments of all ranks
+    total_timesteps: int = 280_000  # environment steps, over all environments of all ranks
     num_envs: int = 16  # worker processes of each rank, one home in each
     eval_every: int = 40_000  # env steps between evaluations; running episodes are cut short there
     eval_episodes: int = 96  # episodes of each evaluation during training
@@ -154,15 +154,18 @@ class Args:
     buffer_size: int = 150_000
     """transitions in the replay of each rank: 3 GiB, and as much in the run's folder"""
     learning_starts: int = 10_000  # env steps of random actions before the first update
-    updates_per_step: float = 0.25  # gradient updates per environment step of all ranks
+    updates_per_step: float = 0.125  # gradient updates per environment step of all ranks
     batch_size: int = 64  # transitions per update and rank
-    learning_rate: float = 5e-4  # of Adam
+    learning_rate: float = 5e-4  # of AdamW
     anneal_lr: bool = True
     """lower the learning rate linearly to 0 at --total-timesteps; a resume with a larger one jumps
     back up, to the line of the longer run"""
+    weight_decay: float = 0.5
+    """of AdamW: an update shrinks the weights by it times the learning rate; at 0 (Adam) the
+    network learns its replay by heart"""
     gamma: float = 0.95  # discount factor
     n_step: int = 5  # steps of a target before it bootstraps
-    target_every: int = 500  # updates between copies of the network into its target
+    target_every: int = 250  # updates between copies of the network into its target
     double_q: bool = True  # the network chooses the next actions, its target values them
     epsilon_end: float = 0.05  # share of random actions after --epsilon-steps; from 1 linearly
     epsilon_steps: int = 60_000  # env steps after learning starts
@@ -207,7 +210,8 @@ def check_args(args: Args) -> None:
     require("seed", 0 <= args.seed < 2**63, "must be at least 0 and less than 2**63")
     require("gamma", 0 <= args.gamma < 1, "must be at least 0 and less than 1")
     require("explore_steps", args.explore_steps >= 1, "must be at least 1")
-    require("learning_starts", args.learning_starts >= 0, "must be at least 0")
+    for name in ("learning_starts", "weight_decay"):
+        require(name, 0 <= getattr(args, name) < math.inf, "must be finite and at least 0")
     check(args.baseline.strip(), f"--baseline {args.baseline!r}: write a sentence")
     require("beta", args.beta is None or math.isfinite(args.beta), "must be finite")
     calibrates = args.beta is None and args.reward != "env"
@@ -1569,10 +1573,11 @@ def main() -> None:
     q_network = QNetwork(stack, projection.shape[1]).to(device)
     target = copy.deepcopy(q_network).requires_grad_(False)
     # The learning rate is a tensor, as --compile would make a number a constant; capturable keeps
-    # Adam's count of steps on the GPU, for the CUDA graph.
+    # AdamW's count of steps on the GPU, for the CUDA graph.
     learning_rate = torch.tensor(args.learning_rate, device=device)
-    adam = {"lr": learning_rate, "fused": True, "capturable": device == "cuda"}
-    optimizer = torch.optim.Adam(q_network.parameters(), **adam)
+    adamw = {"lr": learning_rate, "fused": True, "capturable": device == "cuda"}
+    decay = args.weight_decay
+    optimizer = torch.optim.AdamW(q_network.parameters(), weight_decay=decay, **adamw)
     # What a score has to exceed: the truth is 0 or 1, and what is unset is calibrated or loaded.
     threshold = 0.5 if args.reward == "env" else args.beta or 0.0
     beta = torch.full((len(GOALS),), threshold, device=device)
@@ -1683,7 +1688,7 @@ def main() -> None:
         load_agent(state, run)
         target.load_state_dict(state["target"])
         optimizer.load_state_dict(state["optimizer"])
-        optimizer.param_groups[0] |= adam  # the loop's own learning_rate, not the copy of it
+        optimizer.param_groups[0] |= adamw  # the loop's own learning_rate, not the copy of it
         if state["device"] == device:  # else the noise starts anew
             generator.set_state(state["ranks"][RANK]["generator"])
         step, updates, saved_block = state["step"], state["updates"], state["replay_blocks"]
