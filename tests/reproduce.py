@@ -116,7 +116,7 @@ EXPERIMENTS = {
     "find_env": Experiment(
         "DQN alone: find, on the simulator's truth", f"{DQN} --reward env --family find", 1.6, 1
     ),
-    "playhouse": Experiment("all families, from CLIP", DQN, 3.2, 2),
+    "playhouse": Experiment("all families, from CLIP", DQN, 2.8, 2),
     "playhouse_env": Experiment("all families, on the truth", f"{DQN} --reward env", 1.6, 1),
     "playhouse_paper": Experiment(
         "all families, from CLIP, no relabelling", f"{DQN} --relabel-fraction 0", 1.6, 1
