@@ -162,7 +162,7 @@ class Args:
     back up, to the line of the longer run"""
     weight_decay: float = 0.5
     """of AdamW: an update shrinks the weights by it times the learning rate; at 0 (Adam) the
-    network learns its replay by heart"""
+    network learns more of its replay by heart, and no more about other homes"""
     gamma: float = 0.95  # discount factor
     n_step: int = 5  # steps of a target before it bootstraps
     target_every: int = 250  # updates between copies of the network into its target

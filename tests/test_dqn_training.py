@@ -461,7 +461,8 @@ SMALL = [
     "--eval-every", "800", "--checkpoint-every", "800", "--eval-episodes", "4",
     "--final-episodes", "4", "--batch-size", "16", "--buffer-size", "1200", "--frame-size", "48",
     "--calibration-episodes", "4", "--epsilon-steps", "800", "--target-every", "40",
-    "--temperature", "0.003", "--device", "cpu",  # at which a random CLIP pays
+    "--updates-per-step", "0.25", "--device", "cpu",
+    "--temperature", "0.003",  # at which a random CLIP pays
 ]  # fmt: skip
 
 
@@ -521,6 +522,9 @@ def test_training_moves_every_parameter(finished, random_clip):
     end = torch.load(finished[0] / "last.pt", weights_only=True)
     for name, value in end["q_network"].items():
         assert not torch.equal(start[name], value), name
+    optimizer = end["optimizer"]  # weights that only decayed have had no gradient
+    assert all(state["exp_avg_sq"].any() for state in optimizer["state"].values())
+    assert optimizer["param_groups"][0]["weight_decay"] == Args().weight_decay > 0
     # 300 updates, and the last copy to the target after 280
     assert end["updates"] == 300
     assert not torch.equal(end["target"]["head.weight"], end["q_network"]["head.weight"])
