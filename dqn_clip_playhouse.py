@@ -162,7 +162,7 @@ class Args:
     back up, to the line of the longer run"""
     weight_decay: float = 0.5
     """of AdamW: an update shrinks the weights by it times the learning rate; at 0 (Adam) the
-    network learns more of its replay by heart, and no more about other homes"""
+    network learns more of its replay by heart"""
     gamma: float = 0.95  # discount factor
     n_step: int = 5  # steps of a target before it bootstraps
     target_every: int = 250  # updates between copies of the network into its target
@@ -1576,8 +1576,8 @@ def main() -> None:
     # AdamW's count of steps on the GPU, for the CUDA graph.
     learning_rate = torch.tensor(args.learning_rate, device=device)
     adamw = {"lr": learning_rate, "fused": True, "capturable": device == "cuda"}
-    decay = args.weight_decay
-    optimizer = torch.optim.AdamW(q_network.parameters(), weight_decay=decay, **adamw)
+    adamw["weight_decay"] = args.weight_decay
+    optimizer = torch.optim.AdamW(q_network.parameters(), **adamw)
     # What a score has to exceed: the truth is 0 or 1, and what is unset is calibrated or loaded.
     threshold = 0.5 if args.reward == "env" else args.beta or 0.0
     beta = torch.full((len(GOALS),), threshold, device=device)
