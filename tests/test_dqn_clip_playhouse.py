@@ -328,6 +328,53 @@ def test_found_is_near_central_and_in_sight(env):
         assert not env.in_goal_state(goal)  # gone
 
 
+def lay_ahead(env: PlayhouseEnv, distance: float, height: float, turn: float = 0) -> None:
+    """The agent in the doorway, which is free, and the goal's toy at that distance (m) and `turn`
+    (radians) from its middle; nothing moves."""
+    env.reset(seed=1, options={"goal": Goal("find", "red", "ball")})
+    env.data.qpos[env._agent_qpos] = 0.6, env._doorway[1], np.pi
+    address = env.model.joint(env.model.body("toy0").jntadr[0]).qposadr[0]
+    aside = distance * np.array([-np.cos(turn), -np.sin(turn)])
+    env.data.qpos[address : address + 3] = *(env.position + aside), height
+    mujoco.mj_forward(env.model, env.data)
+
+
+@pytest.mark.parametrize(("distance", "near"), [(0.96, True), (1.19, False)])  # 1.1 m, 1.3 m away
+def test_what_is_farther_than_the_arm_is_neither_found_nor_lifted(env, distance, near):
+    lay_ahead(env, distance, 0.13)
+    assert env._view(0)[0] == pytest.approx(1.1 if near else 1.3, abs=0.02)
+    assert env.in_goal_state(Goal("find", "red", "ball")) == near
+    env._grab()
+    assert (env.held == 0) == near
+
+
+@pytest.mark.parametrize(("degrees", "central"), [(12, True), (20, False)])  # 0.15 and 0.26 of it
+def test_found_is_in_the_middle_of_the_view(env, degrees, central):
+    for turn in (degrees, -degrees):
+        lay_ahead(env, 1.06, 0.3, np.deg2rad(turn))
+        assert env.in_goal_state(Goal("find", "red", "ball")) == central
+
+
+@pytest.mark.parametrize(("size", "enough"), [(0.8, True), (0.5, False)])  # 1% and 0.4%
+def test_found_is_at_least_a_little_of_the_view(env, size, enough):
+    lay_ahead(env, 1.06, 0.3)
+    body = env.model.body("toy0")
+    env.model.geom_size[body.geomadr[0] :][: body.geomnum[0]] *= size
+    assert env.in_goal_state(Goal("find", "red", "ball")) == enough
+
+
+def test_a_toy_in_the_hand_stays_on_this_side_of_a_wall(env):
+    lay_ahead(env, 0.9, 0.13)
+    env.data.qpos[env._agent_qpos[:2]] += 0.3 - 0.6, 0.7  # close to the wall beside the doorway
+    env._hold(0)
+    env._carry()
+    mujoco.mj_forward(env.model, env.data)
+    assert env.position[0] > env.toy_position(0)[0] > 0.05  # where the wall begins
+    before = env.position.copy()
+    env.step(act("release"))
+    assert env.held == 0 and env.position == pytest.approx(before, abs=0.01)  # there is no room
+
+
 @pytest.mark.parametrize(("beside", "seen"), [(0.0, True), (0.7, False)])  # doorway, wall
 def test_a_wall_hides_a_toy_from_eye_and_hand(env, beside, seen):
     goal = Goal("find", "red", "ball")

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -141,9 +142,13 @@ def test_an_evaluation_acts_on_what_was_judged_of_the_block_before():
     asked = []
 
     def play(stack, traces, goal, scores, generator):
+        t = len(asked)
         assert goal.tolist() == [0, TRAIN - 1]
-        asked.append((stack[0, 0, 0, 0].item(), scores[0, 0].item()))
-        return torch.tensor([3, 8])
+        assert stack[0, 0, 0].tolist() == [max(t - 1, 0)] * 3 + [t] * 3
+        expected = traces_of([3 + i % 2 for i in range(t)])  # what it knows of its own actions
+        torch.testing.assert_close(traces[0], expected)
+        asked.append((t, scores[0, 0].item()))
+        return torch.tensor([3 + t % 2, 8])
 
     def by_clip(scores, goal):
         assert scores[:, 1, 7].tolist() == list(range(1, 101))
@@ -152,7 +157,7 @@ def test_an_evaluation_acts_on_what_was_judged_of_the_block_before():
     def see(frames):
         return torch.from_numpy(frames), None
 
-    goals, args = TRAIN_GOALS, Args()
+    goals, args = TRAIN_GOALS, Args(frame_stack=2)
     means, film = evaluate(
         Recorder(), play, 2, (1,), goals, see, frame_numbers, by_clip, args, "cpu"
     )
@@ -217,7 +222,7 @@ PHOTOGRAPHS = torch.zeros(ENVS, 8, 8, 3, dtype=torch.uint8)
 ONE_STAGE = torch.arange(ALL)
 
 
-def traces_of(actions: list[torch.Tensor]) -> torch.Tensor:
+def traces_of(actions: Sequence) -> torch.Tensor:
     """Running averages over one step, five and twenty, one action at a time: [27]."""
     traces = torch.zeros(3, len(ACTIONS))
     for action in actions:
@@ -369,6 +374,20 @@ def test_replay_comes_back_from_its_files(tmp_path):
     next(tmp_path.glob(f"*-{saved}.pt")).unlink()
     with pytest.raises(SystemExit):
         empty().load(tmp_path, saved)
+
+
+def test_a_kill_between_replay_and_checkpoint_loses_nothing(tmp_path):
+    """All blocks anew since last.pt: its own are still on disk, and what came later is dropped."""
+    replay = Replay(4 * STEPS * ENVS, STEPS, PHOTOGRAPHS, ONE_STAGE, "cpu")
+    fill(replay, 4)
+    replay.save(tmp_path, 0)
+    expected = {name: ring.clone() for name, ring in replay.data.items()}
+    fill(replay, 6, seed=1, first=20)
+    replay.save(tmp_path, 4)  # and the checkpoint of block 10 is never written
+    replay = Replay(4 * STEPS * ENVS, STEPS, PHOTOGRAPHS, ONE_STAGE, "cpu")
+    replay.load(tmp_path, 4)
+    assert all(torch.equal(ring, expected[name]) for name, ring in replay.data.items())
+    assert [path.name for path in tmp_path.iterdir()] == ["0-4.pt"]
 
 
 def test_in_a_mirror_left_is_right():

@@ -102,15 +102,72 @@ class Digits(torch.nn.Module):
         return torch.from_numpy(frames[:, 0, 0, :2] @ np.array([[1.0], [1000.0]])).float()
 
 
+TOYS = [goal for goal in dqn.TRAIN_GOALS if goal.place == "table"][:2]  # what each is to place
+PLACE = torch.tensor([dqn.GOALS.index(goal) for goal in TOYS])
+LIFT = torch.tensor([dqn.STAGE_ONE[i] for i in PLACE])
+END = torch.tensor([12, 20])
+
+
+def shown(numbers: torch.Tensor) -> torch.Tensor:
+    """What a frame of these numbers [..., 3] shows, [..., 240]. In even episodes the toy is in the
+    hand from step 6 to 10, and in its place at step 3 and from step 12 or 20 on, by environment; in
+    odd ones it lies there from step 3 on, and was never in the hand."""
+    step, env, episode = numbers.long().unbind(-1)
+    even = episode % 2 == 0
+    goals = torch.arange(len(dqn.GOALS))
+    lifted = even & (step >= 6) & (step <= 10)
+    placed = (step == 3) | (step >= torch.where(even, END[env], 3))
+    return torch.where(
+        goals == LIFT[env][..., None],
+        lifted[..., None],
+        (goals == PLACE[env][..., None]) & placed[..., None],
+    )
+
+
+class Toys(Bodies):
+    """One toy to place in each. Who is not reset has goal 0, as in a masked reset of gymnasium."""
+
+    limit = 40
+
+    def reset_async(self, seed=None, options=None):
+        super().reset_async(seed, options)
+        self.goal = PLACE.numpy() * (self.step == 0)
+
+    def reset_wait(self, timeout):
+        return self.observe()["frame"], {"goal": self.goal}
+
+    def step_wait(self, timeout):
+        frame = self.observe()["frame"]
+        info = {"reached": shown(torch.from_numpy(frame[:, 0, 0])).numpy()}
+        info["success"] = np.zeros(2, bool)  # the simulator disagrees
+        return frame, None, None, self.step >= self.limit, info
+
+
+class Sights(Digits):
+    """CLIP's embedding of a frame says which goals it shows."""
+
+    def __init__(self, model, goals, *args, **kwargs):
+        super().__init__(model, goals)
+        self.goal = torch.eye(len(goals))
+        self.baseline = self.goal[-1]
+
+    def encode_frames(self, frames):
+        return shown(torch.from_numpy(frames[:, 0, 0])).float()
+
+    def encode_maps(self, frames):
+        numbers = torch.from_numpy(frames[:, :1, :1]).float()  # [N, 1, 1, 3]
+        return self.encode_frames(frames), F.pad(numbers, (0, len(dqn.GOALS) - 3))
+
+
 @pytest.fixture
 def world(monkeypatch, tmp_path):
     """Puts a script there; returns the environments that it makes, and what starts it."""
     monkeypatch.chdir(tmp_path)
 
-    def enter(script: ModuleType, kind: type):
+    def enter(script: ModuleType, kind: type, clip: type = Digits):
         made = []
         monkeypatch.setattr(script, "make_envs", lambda *args: made.append(kind()) or made[-1])
-        monkeypatch.setattr(script, "CLIPReward", Digits)
+        monkeypatch.setattr(script, "CLIPReward", clip)
 
         def start(*flags):
             monkeypatch.setattr(sys, "argv", ["script", *map(str, flags)])
@@ -239,32 +296,43 @@ def test_gradients_are_averaged_over_the_ranks(script, monkeypatch):
 
 
 class Falling(Bodies):
-    """Body 0 ends after 4 steps, of which 2 are in the goal state; body 1 after 10, of which 4."""
+    """Body 0 ends after 4 steps, 2 of them in the goal state of task 0; body 1 after 10, 4 of them
+    in that of task 1. Each always is in that of the other's task, and never in that of task 2."""
 
     def step_wait(self, timeout):
         t = self.step[0]
-        # By body and task; what comes after an episode's end is not its own.
-        goal_state = np.array([[t <= 2 or t > 4, True], [True, t <= 4]])
+        # What comes after an episode's end is not its own.
+        goal_state = np.array([[t <= 2 or t > 4, True, False], [True, t <= 4, False]])
         terminated, truncated = np.array([t == 4, False]), np.array([False, t == 10])
         return self.observe(), np.ones(2), terminated, truncated, {"goal_state": goal_state * 1.0}
 
 
 def test_an_evaluation_of_bodies_counts_each_episode_to_its_end():
+    goals = []
+
     def score(frames):
         future = Future()
-        future.set_result(np.stack([frames[..., 0, 0, 0], np.full((1, 2), 100)], -1))
+        task = np.arange(3) * 1000  # of a frame's reward
+        future.set_result(frames[..., 0, 0, :1] + 100 * frames[..., 0, 0, 1:2] + task)
         return future
 
-    envs, args = Falling(), sac.Args(action_repeat=2)
-    policy = lambda state, goal: np.full((2, 1), 0.5)
-    means, film = sac.evaluate(envs, policy, score, ["first", "second"], 2, (7, 1), args)
-    assert means["success_rate"] == 0.5
-    assert means["success_rate_first"] == 1 and means["success_rate_second"] == 0
-    assert means["goal_state"] == pytest.approx((2 / 4 + 4 / 10) / 2)
+    def policy(state, goal):
+        goals.append(goal.tolist())
+        return np.full((2, 1), 0.5)
+
+    envs, args, tasks = Falling(), sac.Args(action_repeat=2), ["first", "second", "third"]
+    means, film = sac.evaluate(envs, policy, score, tasks, 2, (7, 1), args)
+    # Six episodes, two of each task: body 0 has tasks 0, 2, 1 and body 1 tasks 1, 0, 2.
+    assert [goals[i] for i in (0, 10, 20)] == [[0, 1], [2, 0], [1, 2]] and len(goals) == 30
+    assert means["success_rate_first"] == 1 and means["success_rate_second"] == 0.5
+    assert means["success_rate_third"] == 0 and means["success_rate"] == 0.5
+    assert means["goal_state"] == pytest.approx((2 / 4 + 4 / 10 + 0 + 1 + 1 + 0) / 6)
     assert means["episodic_return"] == (4 + 10) / 2
-    assert means["clip_return"] == (1 + 2 + 3 + 4 + 10 * 100) / 2
+    steps = 1 + 2 + 3 + 4, sum(range(1, 11)) + 10 * 100
+    tasks_return = 1000 * 4 * (0 + 2 + 1) + 1000 * 10 * (1 + 0 + 2)
+    assert means["clip_return"] == pytest.approx((3 * sum(steps) + tasks_return) / 6)
     seeds = [seed for seeds, _ in envs.resets for seed in seeds]
-    assert seeds == [sac.stream_seed(7, 1, i) for i in range(4)]
+    assert seeds == [sac.stream_seed(7, 1, i) for i in range(6)]
     assert (np.stack(envs.actions) == 0.5 * sac.ACTION_SCALE).all()
     assert film[:10, 0, 0, 0].tolist() == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
 
@@ -332,6 +400,10 @@ def test_the_sac_loop_stores_each_frame_and_keeps_the_best(world, monkeypatch):
     assert not terminated.any()  # a time limit is no terminal state
     taken = torch.from_numpy(np.stack(made[0].actions))
     torch.testing.assert_close(taken, sac.ACTION_SCALE * a[rows])
+    drawn = [(seeds, options["reset_mask"]) for seeds, options in made[0].resets[1:]]
+    for env in range(2):  # each episode has a start of its own
+        own = [seeds[env] for seeds, begins in drawn if begins[env]]
+        assert own == [sac.stream_seed(1, sac.TRAINING, env, k) for k in range(len(own))]
 
     start("--resume", run, "--total-timesteps", 800)  # its evaluation is not the best
     last, best = (torch.load(run / f"{name}.pt", weights_only=True) for name in ("last", "best"))
@@ -349,6 +421,7 @@ def test_the_dqn_loop_stores_blocks_mirrors_half_and_copies_its_target(world, mo
     sample = dqn.Replay.sample
 
     def recorded_sample(*args):
+        assert args[1:4] == (16, 0.3, 7)
         batch = s, a, r, s_next, n, goal = sample(*args)
         sampled.append([x.clone() for x in (*s, a, r, *s_next, n)])
         return batch
@@ -369,6 +442,7 @@ def test_the_dqn_loop_stores_blocks_mirrors_half_and_copies_its_target(world, mo
     monkeypatch.setattr(torch, "compile", recorded_update)
     flags = ["--total-timesteps", 1200, "--eval-every", 400, "--checkpoint-every", 400]
     flags += ["--learning-starts", 400, "--updates-per-step", 0.1, "--target-every", 30]
+    flags += ["--relabel-fraction", 0.3, "--n-step", 7]
     start(*FLAGS, *DQN_FLAGS, *flags, "--frame-stack", 2, "--compile")
     run = only_run(Path())
     last, best = (torch.load(run / f"{name}.pt", weights_only=True) for name in ("last", "best"))
@@ -408,24 +482,202 @@ def test_the_dqn_loop_stores_blocks_mirrors_half_and_copies_its_target(world, mo
     assert all(options["in_hand"] == 0.5 for _, options in made[0].resets[1:])
 
 
-def test_exploration_falls_and_keeps_its_actions(world, monkeypatch):
+@pytest.mark.parametrize("policy_input", ["pixels", "clip"])
+def test_the_dqn_loop_scores_its_frames_and_lifts_before_it_places(
+    policy_input, world, monkeypatch
+):
+    made, start = world(dqn, Toys, Sights)
+    forward, asked, reports = dqn.QNetwork.forward, [], []
+    success = iter([1.0, 3.0, 2.0, 2.5])
+
+    def recorded_forward(network, seen, traces, texts):
+        asked.append((network.head.weight.detach().clone(), texts))
+        return forward(network, seen, traces, texts)
+
+    def evaluate(envs, play, episodes, key, goals, clip_success, **options):
+        before = len(asked)
+        held = torch.zeros(2, 240).index_fill_(1, LIFT[0], 0.6)
+        held[1] *= 0.8  # below beta
+        state = torch.zeros(2, *example), torch.zeros(2, dqn.TRACES)
+        play(*state, PLACE[[0, 0]], held, torch.Generator())
+        used = asked[before:]
+        del asked[before:]
+        reports.append((key[1], goals, used))
+        scores = torch.zeros(4, 3, 240)  # all place the toy; one lifted it before
+        scores[3, :, PLACE[0]] = scores[1, 0, LIFT[0]] = 0.6
+        scores[1, 1, LIFT[0]] = 0.4  # of one CLIP does not say so
+        assert clip_success(scores, PLACE[[0, 0, 0]]).tolist() == [True, False, False]
+        if key[1] != dqn.SELECTION:
+            return {"clip_success": 0.0}, None
+        value = next(success)
+        return {"clip_success": value, "success_rate": -value}, None  # it must not select
+
+    example = (8, 8, 3) if policy_input == "pixels" else (1, 1, 128)
+    monkeypatch.setattr(dqn, "evaluate", evaluate)
+    monkeypatch.setattr(dqn.QNetwork, "forward", recorded_forward)
+    flags = ["--reward", "projection", "--beta", 0.5, "--policy-input", policy_input]
+    flags += ["--total-timesteps", 1200, "--eval-every", 400, "--checkpoint-every", 400]
+    flags += ["--policy-size", 8, "--buffer-size", 2000, "--learning-starts", 400]
+    start(*FLAGS, *flags, "--updates-per-step", 0.1)
+    run = only_run(Path())
+    last, best = (torch.load(run / f"{name}.pt", weights_only=True) for name in ("last", "best"))
+    assert (last["step"], best["step"]) == (1200, 800)
+    heads = last["q_network"]["head.weight"], best["q_network"]["head.weight"]
+    assert not torch.equal(*heads)
+    text = dqn.goal_texts(Sights("", dqn.GOALS)) @ last["projection"]  # [240, 4, C]
+
+    # Training goals select; the report is of both, and of the agents that it names.
+    train, heldout = list(dqn.TRAIN_GOALS), list(dqn.HELDOUT_GOALS)
+    rows = [(dqn.SELECTION, train)] * 3 + [(dqn.REPORT, train), (dqn.REPORT, heldout)] * 3
+    assert [(use, goals) for use, goals, _ in reports] == rows
+    assert not reports[3][2] and not reports[4][2]  # the random agent asks no network
+    for (_, _, [(head, texts)]), expected in zip(reports[5:], np.repeat([0, 1], 2), strict=True):
+        assert torch.equal(head, heads[expected])
+        close(texts, text[[int(PLACE[0]), int(LIFT[0])]])  # the toy is in the hand, and is not
+
+    parts = whole_replay(run)
+    blocks = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}  # [150, ...]
+    numbers = torch.zeros(150, 5, 2, 3)
+    age, episode = blocks["age"], (blocks["age"] == 0).cumsum(0)
+    numbers[..., 0] = age[:, None] + torch.arange(5)[:, None]
+    numbers[..., 1], numbers[..., 2] = torch.arange(2), 1 + episode[:, None]  # 1: the first frame
+    if policy_input == "pixels":
+        assert torch.equal(blocks["seen"][..., 0, 0, :].float(), numbers)
+    counts = shown(numbers[:, 1:])[..., : len(train)]
+    after_lifting = (numbers[:, 1:, :, 2] % 2 == 0) & (numbers[:, 1:, :, 0] > 10)  # [150, K, N]
+    for env in range(2):
+        counts[:, :, env, PLACE[env]] &= after_lifting[:, :, env]
+    assert torch.equal(blocks["reached"], counts)
+    cut = torch.arange(150) % 50 == 49  # evaluations
+    ends = (age + 4 == torch.where(episode % 2 == 1, END, 40)) | cut[:, None]
+    assert torch.equal(age[1:] == 0, ends[:-1]) and (ends & ~cut[:, None]).sum(0).min() > 5
+
+    # The policy is asked for the place while the toy is in the hand at the end of a block.
+    holds = shown(numbers[:, 0])[:, torch.arange(2), LIFT] & (age > 0)  # [150, N]
+    pursued = torch.where(holds, PLACE, LIFT)
+    acted = [texts for _, texts in asked if len(texts) == 2]
+    close(torch.stack(acted), text[pursued].repeat_interleave(4, 0))
+    assert ((blocks["goal"] == pursued) | (blocks["goal"] == PLACE)).all()
+    for_place = (blocks["goal"] == PLACE)[~holds].float().mean()
+    assert 0.35 < for_place < 0.65
+
+    # Each environment and episode has a home of its own.
+    drawn = [(seeds, options["reset_mask"]) for seeds, options in made[0].resets[1:]]
+    for env in range(2):
+        own = [seeds[env] for seeds, begins in drawn if begins[env]]
+        assert own == [dqn.stream_seed(1, dqn.TRAINING, env, k) for k in range(len(own))]
+
+    start("--resume", run, "--total-timesteps", 1600)  # its evaluation is not the best
+    last, best = (torch.load(run / f"{name}.pt", weights_only=True) for name in ("last", "best"))
+    assert (last["step"], best["step"]) == (1600, 800)
+
+
+@pytest.mark.parametrize("labels", [False, True])
+def test_beta_is_calibrated_on_the_frames_of_random_play(labels, world, monkeypatch):
+    class Random(Toys):
+        def step_wait(self, timeout):
+            frame, *rest, info = super().step_wait(timeout)
+            return frame, *rest, info if labels else {"success": info["success"]}
+
+    def calibrate(scores, reached, rate):
+        raise Found(scores, reached, rate)
+
+    _, start = world(dqn, Random, Sights)
+    monkeypatch.setattr(dqn, "calibrate", calibrate)
+    flags = ["--reward", "projection", "--false-positive-rate", 0.02, "--calibration-episodes", 3]
+    flags += ["--calibrate-with-labels"] * labels
+    with pytest.raises(Found) as found:
+        start(*FLAGS, "--policy-size", 8, "--policy-input", "pixels", *flags)
+    scores, reached, rate = found.value.args
+    numbers = torch.zeros(2, dqn.MAX_STEPS, 2, 3)  # two episodes in each, the second and the third
+    numbers[..., 0] = 1 + torch.arange(dqn.MAX_STEPS)[:, None]
+    numbers[..., 1], numbers[..., 2] = torch.arange(2), torch.tensor([2, 3])[:, None, None]
+    expected = shown(numbers.flatten(0, 2))
+    assert torch.equal(scores, expected.float()) and rate == 0.02
+    assert torch.equal(reached, expected) if labels else reached is None
+
+
+def test_exploration_falls_keeps_its_actions_and_leaves_the_rest_to_the_policy(world, monkeypatch):
     made, start = world(dqn, Homes)
-    stay = dqn.ACTIONS.index("stay")
     monkeypatch.setattr(dqn, "evaluate", lambda *args, **options: ({"success_rate": 0.0}, None))
-    q = F.one_hot(torch.tensor([stay] * 2), 9).float()
+    q = torch.zeros(2, 9).index_fill_(1, torch.tensor([0, 1]), 0.8)
+    q[:, 1] /= 2
     monkeypatch.setattr(dqn.QNetwork, "forward", lambda *args: q)
     flags = ["--total-timesteps", 3000, "--eval-every", 3000, "--checkpoint-every", 3000]
     flags += ["--learning-starts", 1000, "--epsilon-steps", 1000, "--epsilon-end", 0.1]
+    flags += ["--policy-temperature", 0.5, "--target-temperature", 5]
     start(*FLAGS, *DQN_FLAGS, *flags, "--updates-per-step", 1e-9, "--explore-steps", 4)
     actions = np.stack(made[0].actions)  # [1500, N]
     phases = np.split(actions, 3)
-    shares = [(phase != stay).mean() * 9 / 8 for phase in phases]  # of random actions
+    shares = [(phase > 1).mean() * 9 / 7 for phase in phases]  # of random actions
     assert shares == pytest.approx([1, 0.55, 0.1], abs=0.08)
+    second = (phases[2] == 1).sum() / (phases[2] <= 1).sum()
+    assert second == pytest.approx(0.2, abs=0.05)  # its Q is half as high, and squared at 0.5
     kept = (phases[0][1:] == phases[0][:-1]).mean()
     assert kept == pytest.approx(3 / 4 + 1 / 4 / 9, abs=0.04)
 
 
 # ---- Both scripts -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "expected"),
+    [
+        (sac, [], ([sac.TASKS["kneeling"].goal], sac.BASELINE, 0.0)),
+        (sac, ["--task", "all"], ([task.goal for task in sac.TASKS.values()], sac.BASELINE, 0.0)),
+        (
+            sac,
+            ["--goal", "a robot that waves", "--baseline", "a robot", "--alpha", 0.3],
+            (["a robot that waves"], "a robot", 0.3),
+        ),
+        (
+            dqn,
+            ["--baseline", "a home", "--alpha", 0.3, "--family", "find"],
+            ([goal.prompt for goal in dqn.GOALS], "a home", 0.3),
+        ),
+    ],
+)
+def test_clip_is_asked_for_the_sentence_that_was_written(
+    script, flags, expected, world, monkeypatch
+):
+    def ask(model, goals, baseline, alpha, **options):
+        raise Found(goals, baseline, alpha)
+
+    _, start = world(script, Bodies if script is sac else Toys)
+    monkeypatch.setattr(script, "CLIPReward", ask)
+    with pytest.raises(Found) as found:
+        start(*FLAGS, *flags)
+    assert found.value.args == expected
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "expected"),
+    [
+        (sac, {"task": "splits"}, {"task": "splits", "terminate_when_unhealthy": False}),
+        (sac, {"goal": "a robot that waves"}, {"task": None}),  # no predicate, no success rate
+        (
+            sac,
+            {"textured": False, "camera": "track", "full_observation": True, "reward": "env"},
+            {"textured": False, "camera": "track", "full_observation": True}
+            | {"terminate_when_unhealthy": True, "width": 48, "height": 48},
+        ),
+        (dqn, {}, {"goals": list(dqn.TRAIN_GOALS), "all_goals": False, "width": 48, "height": 48}),
+        (
+            dqn,
+            {"family": "lift", "reward": "env"},
+            {"goals": [g for g in dqn.TRAIN_GOALS if g.family == "lift"], "all_goals": True},
+        ),
+    ],
+)
+def test_flags_reach_the_environments(script, arguments, expected, monkeypatch):
+    def make(name, **options):
+        raise Found(options)
+
+    monkeypatch.setattr(script.gym, "make", make)
+    with pytest.raises(Found) as found:
+        script.make_envs(script.Args(**arguments), 1, 48)
+    assert expected.items() <= found.value.args[0].items()
+
 
 POSITIVE = [
     "total_timesteps", "num_envs", "eval_every", "eval_episodes", "final_episodes",

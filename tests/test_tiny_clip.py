@@ -1,5 +1,6 @@
 """The bundled CLIP: what it promises, and that its captions keep the held-out sentences out."""
 
+import itertools
 import json
 import math
 import re
@@ -206,6 +207,15 @@ def test_choices_never_name_a_held_out_toy():
     assert hidden == set(HELDOUT_TOYS) and not named & hidden
     assert {colour for colour, _ in named} >= set(COLOURS)
     assert {kind for _, kind in named} >= set(KINDS)
+
+
+def test_captions_never_name_a_held_out_toy():
+    everything = np.ones((3, len(RELATIONS), len(COLOURS), len(KINDS)))
+    meanings = home_states.sample_meanings(everything, 4000, np.random.default_rng(0))
+    named = {(m.colour, m.kind) for m in meanings if m is not None}
+    toys = {(colour, kind) for colour, kind in named if colour and kind}
+    assert toys == {*itertools.product(COLOURS, KINDS)} - {*HELDOUT_TOYS}
+    assert {m.relation for m in meanings if m is not None} == set(RELATIONS)
 
 
 def test_a_cell_is_told_by_the_one_toy_that_it_shows():
