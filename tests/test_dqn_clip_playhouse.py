@@ -328,11 +328,13 @@ def test_found_is_near_central_and_in_sight(env):
         assert not env.in_goal_state(goal)  # gone
 
 
-def lay_ahead(env: PlayhouseEnv, distance: float, height: float, turn: float = 0) -> None:
-    """The agent in the doorway, which is free, and the goal's toy at that distance (m) and `turn`
-    (radians) from its middle; nothing moves."""
+def lay_ahead(
+    env: PlayhouseEnv, distance: float, height: float, turn: float = 0, x: float = 0.6, beside=0.0
+) -> None:
+    """The agent x (m) before the doorway or the wall beside it, which it faces, and the goal's toy
+    at that distance and `turn` (radians) from its middle; nothing moves."""
     env.reset(seed=1, options={"goal": Goal("find", "red", "ball")})
-    env.data.qpos[env._agent_qpos] = 0.6, env._doorway[1], np.pi
+    env.data.qpos[env._agent_qpos] = x, env._doorway[1] + beside, np.pi
     address = env.model.joint(env.model.body("toy0").jntadr[0]).qposadr[0]
     aside = distance * np.array([-np.cos(turn), -np.sin(turn)])
     env.data.qpos[address : address + 3] = *(env.position + aside), height
@@ -348,7 +350,9 @@ def test_what_is_farther_than_the_arm_is_neither_found_nor_lifted(env, distance,
     assert (env.held == 0) == near
 
 
-@pytest.mark.parametrize(("degrees", "central"), [(12, True), (20, False)])  # 0.15 and 0.26 of it
+@pytest.mark.parametrize(
+    ("degrees", "central"), [(12, True), (20, False)]
+)  # off by 0.15, 0.26 of it
 def test_found_is_in_the_middle_of_the_view(env, degrees, central):
     for turn in (degrees, -degrees):
         lay_ahead(env, 1.06, 0.3, np.deg2rad(turn))
@@ -364,8 +368,7 @@ def test_found_is_at_least_a_little_of_the_view(env, size, enough):
 
 
 def test_a_toy_in_the_hand_stays_on_this_side_of_a_wall(env):
-    lay_ahead(env, 0.9, 0.13)
-    env.data.qpos[env._agent_qpos[:2]] += 0.3 - 0.6, 0.7  # close to the wall beside the doorway
+    lay_ahead(env, 0.9, 0.13, x=0.3, beside=0.7)
     env._hold(0)
     env._carry()
     mujoco.mj_forward(env.model, env.data)
@@ -377,16 +380,10 @@ def test_a_toy_in_the_hand_stays_on_this_side_of_a_wall(env):
 
 @pytest.mark.parametrize(("beside", "seen"), [(0.0, True), (0.7, False)])  # doorway, wall
 def test_a_wall_hides_a_toy_from_eye_and_hand(env, beside, seen):
-    goal = Goal("find", "red", "ball")
     for x in (0.3, 0.25):  # the second touches the wall
-        env.reset(seed=1, options={"goal": goal})
-        y = env._doorway[1] + beside
-        env.data.qpos[env._agent_qpos] = x, y, np.pi
-        address = env.model.joint(env.model.body("toy0").jntadr[0]).qposadr[0]
-        env.data.qpos[address : address + 3] = x - 0.65, y, 0.13
+        lay_ahead(env, 0.65, 0.13, x=x, beside=beside)
         env._tilt = 0
-        mujoco.mj_forward(env.model, env.data)
-        assert env.in_goal_state(goal) == seen
+        assert env.in_goal_state(Goal("find", "red", "ball")) == seen
         env._grab()
         assert (env.held == 0) == seen
 
