@@ -170,7 +170,7 @@ class Args:
     relabel_fraction: float = 0.5
     """with --task all: share of the sampled transitions whose goal is drawn anew, from all"""
     hidden: int = 256  # units in each of the two hidden layers
-    layer_norm: bool = False  # in the critics, against overestimated values
+    layer_norm: bool = True  # in the critics, against overestimated values
 
     def __post_init__(self):
         if os.path.isdir(self.clip_model):  # a resume from elsewhere finds it too

@@ -80,6 +80,9 @@ EXPERIMENTS = {
         2.2,
         1,
     ),
+    "no_layer_norm": Experiment(
+        "kneeling without layer norm in the critics", f"{SAC} --no-layer-norm", 0.7, 1
+    ),
     "alpha_half": Experiment(
         "kneeling with half of the regularisation", f"{SAC} --alpha 0.5", 0.7, 1
     ),
@@ -109,7 +112,7 @@ EXPERIMENTS = {
         "SAC alone, on gymnasium's running reward",
         f"{SAC} --reward env --reward-scale 1 --batch-size 256 --total-timesteps 150000 "
         "--full-observation --action-repeat 1 --greedy-envs 0 --actor-tau 1 --no-anneal-lr "
-        "--initial-ent-coef 1",
+        "--initial-ent-coef 1 --no-layer-norm",
         1.0,
         2,
     ),
