@@ -350,9 +350,7 @@ def test_what_is_farther_than_the_arm_is_neither_found_nor_lifted(env, distance,
     assert (env.held == 0) == near
 
 
-@pytest.mark.parametrize(
-    ("degrees", "central"), [(12, True), (20, False)]
-)  # off by 0.15, 0.26 of it
+@pytest.mark.parametrize(("degrees", "central"), [(12, True), (20, False)])
 def test_found_is_in_the_middle_of_the_view(env, degrees, central):
     for turn in (degrees, -degrees):
         lay_ahead(env, 1.06, 0.3, np.deg2rad(turn))
