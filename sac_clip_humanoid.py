@@ -7,8 +7,8 @@ r"""Train a MuJoCo humanoid to take a pose described by one sentence: SAC on a C
     python sac_clip_humanoid.py --clip-model ViT-bigG-14/laion2b_s39b_b160k --frame-size 224 \
         --total-timesteps 10_000_000 --eval-every 250_000 --checkpoint-every 250_000 \
         --learning-starts 50_000 --batch-size 512 --updates-per-step 0.03 --actor-tau 1 \
-        --full-observation --action-repeat 1 --greedy-envs 0 --no-anneal-lr \
-        --reward-scale 1 --initial-ent-coef 1                            # the paper's settings
+        --full-observation --action-repeat 1 --greedy-envs 0 --no-anneal-lr --reward-scale 1 \
+        --initial-ent-coef 1 --no-layer-norm                             # the paper's settings
     torchrun --standalone --nproc-per-node=4 sac_clip_humanoid.py        # on several GPUs
 
 CLIP looks at a frame and says how well it fits the goal prompt ("a humanoid robot kneeling"); with

@@ -38,7 +38,7 @@ class Experiment(NamedTuple):
 
 def pose(task: str, seeds: int = 1) -> Experiment:
     command = f"python sac_clip_humanoid.py --task {task}"
-    return Experiment(f"{task.replace('_', ' ')}, from its sentence", command, 0.7 * seeds, seeds)
+    return Experiment(f"{task.replace('_', ' ')}, from its sentence", command, 1.2 * seeds, seeds)
 
 
 SAC, DQN = "python sac_clip_humanoid.py", "python dqn_clip_playhouse.py"
@@ -77,14 +77,14 @@ EXPERIMENTS = {
     "all_tasks": Experiment(
         "one humanoid, eight sentences",
         f"{SAC} --task all --total-timesteps 2000000 --eval-every 64000 --eval-episodes 4",
-        2.2,
+        4.5,
         1,
     ),
     "no_layer_norm": Experiment(
-        "kneeling without layer norm in the critics", f"{SAC} --no-layer-norm", 0.7, 1
+        "kneeling without layer norm in the critics", f"{SAC} --no-layer-norm", 1.2, 1
     ),
     "alpha_half": Experiment(
-        "kneeling with half of the regularisation", f"{SAC} --alpha 0.5", 0.7, 1
+        "kneeling with half of the regularisation", f"{SAC} --alpha 0.5", 1.2, 1
     ),
     # The hours of the first of each CLIP are with those of its training, as estimated.
     **{
@@ -98,14 +98,14 @@ EXPERIMENTS = {
     },
     **{
         f"kneeling_w{width}": Experiment(
-            f"kneeling, from the CLIP w{width}", f"{SAC} --clip-model {RUNS}/clips/w{width}", 1.4, 2
+            f"kneeling, from the CLIP w{width}", f"{SAC} --clip-model {RUNS}/clips/w{width}", 2.4, 2
         )
         for width in (4, 8, 16)
     },
     "untextured": Experiment(
         "kneeling with the plain body, from a CLIP that knows it",
         f"{SAC} --no-textured --clip-model {RUNS}/clips/plain",
-        0.7,
+        1.2,
         1,
     ),
     "running": Experiment(
