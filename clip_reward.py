@@ -143,7 +143,7 @@ class CLIPReward(torch.nn.Module):
     """Scores frames against goal prompts: uint8 [B, H, W, 3] -> rewards [B, G], without gradient.
 
     `model`: a folder in open_clip's format (an existing folder wins), `ARCH/TAG`, `ARCH/FILE` as in
-        `ViT-B-32//path/to/weights.pt`, or `hf-hub:ID`
+        `ViT-B-32//path/to/weights.pt` (OpenAI's take `ViT-B-32-quickgelu`), or `hf-hub:ID`
     `goals`: G of them, each a prompt, or a sequence of prompts whose mean embedding is the goal
     `baseline`: a prompt for what all goals have in common, such as "a humanoid robot"
     `alpha`: strength of the goal-baseline regularisation, 0 to 1
@@ -176,7 +176,8 @@ class CLIPReward(torch.nn.Module):
             raise ValueError(f"batch_size {batch_size}: must be at least 1")
         if isinstance(goals, str) or not goals:
             raise ValueError(f"goals {goals!r}: must be a sequence of at least one prompt")
-        self.alpha, self.precision, self.batch_size = alpha, precision, batch_size
+        self.model, self.alpha = model, alpha
+        self.precision, self.batch_size = precision, batch_size
 
         self.clip, self.tokenizer, self.preprocessing = load_clip(model, device)
         self.clip.requires_grad_(False)
@@ -203,7 +204,7 @@ class CLIPReward(torch.nn.Module):
             # Not ==: the last bits of an embedding may depend on the batch it was computed in.
             if alpha > 0 and torch.dist(g, self.baseline) < 1e-4:
                 raise ValueError(
-                    f"--goal {prompts!r}: CLIP does not tell it from the baseline {baseline!r}, so"
+                    f"--baseline {baseline!r}: CLIP does not tell it from the goal {prompts!r}, so"
                     " no line runs through the two; change one of them, or take alpha 0"
                 )
 
@@ -211,11 +212,12 @@ class CLIPReward(torch.nn.Module):
     def encode_text(self, prompts: str | Sequence[str]) -> torch.Tensor:
         """P prompts (or a single one) -> unit-norm float32 [P, D].
 
-        Warns of a prompt with a word that is missing from a model folder's `vocabulary.txt`.
+        Warns of a prompt with a word that is missing from a model folder's `vocabulary.txt`, and of
+        one that CLIP does not read to its end.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         for prompt in prompts if self.vocabulary else []:
-            unknown = sorted(set(re.findall(r"[a-z]+", prompt.lower())) - self.vocabulary)
+            unknown = sorted(set(re.findall(r"\w+", prompt.lower())) - self.vocabulary)
             if unknown:
                 warnings.warn(
                     f"this CLIP was never taught the word(s) {', '.join(map(repr, unknown))}: it "
@@ -223,7 +225,16 @@ class CLIPReward(torch.nn.Module):
                     "ViT-B-32/laion2b_s34b_b79k",
                     stacklevel=3,  # past torch.no_grad's wrapper
                 )
-        tokens = self.tokenizer(prompts).to(self.scale.device)  # [P, L]
+        tokens = self.tokenizer(prompts)  # [P, L], cut at L
+        longer = self.tokenizer([f"{prompt} robot" for prompt in prompts])
+        for prompt, full in zip(prompts, (tokens == longer).all(1), strict=True):
+            if full:
+                warnings.warn(
+                    f"{prompt!r} fills the {tokens.shape[1]} tokens that this CLIP reads: it does "
+                    "not see what comes after; write a shorter one",
+                    stacklevel=3,
+                )
+        tokens = tokens.to(self.scale.device)
         return F.normalize(self.clip.encode_text(tokens).float(), dim=-1)
 
     def encode_frames(self, frames: np.ndarray | torch.Tensor) -> torch.Tensor:
@@ -247,8 +258,8 @@ class CLIPReward(torch.nn.Module):
         known = isinstance(visual, (ModifiedResNet, VisionTransformer))
         if not known or getattr(visual, "attn_pool", None) is not None:  # CoCa's ViT has one
             raise ValueError(
-                f"--clip-model: this {type(visual).__name__} does not embed the cells of a frame; "
-                "take one with CLIP's ResNet or ViT, or --policy-input pixels"
+                f"--clip-model {self.model}: its {type(visual).__name__} does not embed the cells "
+                "of a frame; take one with CLIP's ResNet or ViT, or --policy-input pixels"
             )
         outputs = self._in_batches(self._tower_and_cells, frames)
         s, x = (torch.cat(parts).float() for parts in zip(*outputs, strict=True))
@@ -359,7 +370,7 @@ def main(args: Args) -> None:
     for path in args.images:
         try:
             images.append(Image.open(path).convert("RGB"))
-        except OSError as error:
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # all of PIL's
             check(False, f"IMAGES {path}: {error}; pass files that PIL can read, such as PNG")
     alphas = (0.0, 0.25, 0.5, 0.75, 1.0)
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -127,7 +127,7 @@ class Args:
     beta: float | None = None
     """score above which a goal counts as reached; unset, calibrated on random play, and for the
     contrastive reward at least 0.5: more likely than all others of its family together"""
-    calibration_episodes: int = 64  # of random play, before the run
+    calibration_episodes: int = 64  # of random play, at least, before the run
     false_positive_rate: float = 0.001
     """share of the scores of random play that the calibrated beta lets pass, in each family"""
     calibrate_with_labels: bool = False
@@ -213,7 +213,11 @@ def check_args(args: Args) -> None:
     for name in ("learning_starts", "weight_decay"):
         require(name, 0 <= getattr(args, name) < math.inf, "must be finite and at least 0")
     check(args.baseline.strip(), f"--baseline {args.baseline!r}: write a sentence")
-    require("beta", args.beta is None or math.isfinite(args.beta), "must be finite")
+    remedy = "leaves no step to learn from; make it less than --total-timesteps"
+    require("learning_starts", args.evaluate or args.learning_starts < args.total_timesteps, remedy)
+    low = 0 if args.reward == "contrastive" else -1  # of the scores; none is more than 1
+    remedy = f"must be more than {low} and less than 1, and not together with --reward env"
+    require("beta", args.beta is None or args.reward != "env" and low < args.beta < 1, remedy)
     calibrates = args.beta is None and args.reward != "env"
     remedy = "not together with --beta or --reward env"
     require("calibrate_with_labels", calibrates or not args.calibrate_with_labels, remedy)
@@ -409,6 +413,15 @@ def about_z(angle: float) -> tuple[float, float, float, float]:
 
 class NoRoom(Exception):
     """What was drawn does not fit into this home."""
+
+
+@contextmanager
+def plain_errors():
+    """Of an error of OpenGL only the words: it holds pointers, so a worker could not send it on."""
+    try:
+        yield
+    except Exception as error:
+        raise RuntimeError(" ".join(str(error).split())) from error
 
 
 class PlayhouseEnv(gym.Env):
@@ -808,6 +821,7 @@ class PlayhouseEnv(gym.Env):
             return False
         return self._found(toy) if goal.family == "find" else self._placed(toy, goal.place)
 
+    @plain_errors()
     def _found(self, toy: int) -> bool:
         distance, angle = self._view(toy)
         if distance > NEAR or angle > math.radians(40):
@@ -853,6 +867,7 @@ class PlayhouseEnv(gym.Env):
         self._renderer.update_scene(self.data, f"eye{self._tilt}")
         return self._renderer
 
+    @plain_errors()
     def _frame(self) -> np.ndarray:
         return self._draw().render()
 
@@ -1187,7 +1202,7 @@ class Replay:
         there[self.head % self.slots] = False  # the oldest block is not sampled
         self.arrivals = there.nonzero()
         family = self.arrivals[:, 3]
-        self.chances = (1 / family.bincount(minlength=len(FAMILIES)))[family]
+        self.chances = (1 / family.bincount())[family]
 
     def sample(self, batch_size: int, relabel: float, n_step: int, generator):
         """Transitions of `n_step` steps, fewer where the goal is reached or the episode ends.
@@ -1258,7 +1273,11 @@ class Replay:
             if end > head:  # its checkpoint was never finished
                 ends[end].unlink()
                 continue
-            chunk = torch.load(ends[end], map_location=self.device, weights_only=True)
+            try:
+                chunk = torch.load(ends[end], map_location=self.device, weights_only=True)
+            except Exception as error:
+                remedy = f"cannot load {ends[end]} ({error!r}); restore it"
+                check(False, f"--resume {folder.parents[1]}: {remedy}")
             blocks = torch.arange(end - len(chunk["action"]), end)
             for name, ring in self.data.items():
                 ring[blocks % self.slots] = chunk[name]
@@ -1488,7 +1507,7 @@ def parse_args() -> Args:
         state = load_checkpoint(run, "last.pt", "--resume")
         may_differ |= {"total_timesteps", "capture_video", "track"}
         ranks = len(state["ranks"])
-        remedy = f"torchrun --nproc-per-node={ranks}"
+        remedy = "start it with torchrun, and as many in all"
         check(ranks == WORLD_SIZE, f"--resume {run}: has {ranks} rank(s); {remedy}")
     else:
         state = load_checkpoint(run, "best.pt", "--evaluate")
@@ -1640,7 +1659,7 @@ def main() -> None:
     def load_agent(state: dict, run: Path) -> None:
         """Network, projection and beta of a checkpoint, which must be of this CLIP."""
         saved = state["prompts"].to(device)
-        same = saved.shape == clip.goal.shape and (saved * clip.goal).sum(-1).min() > 0.99
+        same = saved.shape == clip.goal.shape and (saved * clip.goal).sum(-1).min() > 0.9999
         check(same, f"--clip-model {args.clip_model}: not the CLIP of {run}; name that one")
         q_network.load_state_dict(state["q_network"])
         projection.copy_(state["projection"])
@@ -1671,8 +1690,8 @@ def main() -> None:
 
     if args.evaluate is not None:
         final_report(args.evaluate)
-        envs.close()
-        video_envs.close()
+        envs.close(terminate=True)
+        video_envs.close(terminate=True)
         return
 
     # ---- A new run, or one that goes on
@@ -1692,7 +1711,9 @@ def main() -> None:
         if state["device"] == device:  # else the noise starts anew
             generator.set_state(state["ranks"][RANK]["generator"])
         step, updates, saved_block = state["step"], state["updates"], state["replay_blocks"]
-        best_success, episode[:] = state["best_success"], state["ranks"][RANK]["episode"]
+        episode[:] = state["ranks"][RANK]["episode"]
+        if (run / "best.pt").exists():  # which may be newer than last.pt
+            best_success = load_checkpoint(run, "best.pt", "--resume")["best_success"]
         replay.load(replay_folder, saved_block)
     elif args.reward != "env" and args.beta is None:
         scores, truth = random_play(envs, judge, (args.seed, CALIBRATION), args)
@@ -1708,9 +1729,9 @@ def main() -> None:
             import wandb
 
             wandb.init(
-                project=args.wandb_project_name, entity=args.wandb_entity, name=run.name,
-                id=run.name, resume="allow", config=arguments, sync_tensorboard=True,
-                save_code=True,
+                project=args.wandb_project_name, entity=args.wandb_entity,
+                name=run.resolve().name, id=run.resolve().name, resume="allow",
+                config=arguments, sync_tensorboard=True, save_code=True,
             )  # fmt: skip
         writer = SummaryWriter(run, purge_step=step + 1 if args.resume else None)
         table = "\n".join(f"|{key}|{value}|" for key, value in arguments.items())
@@ -1943,9 +1964,9 @@ def main() -> None:
         writer.close()
         final_report(run)
         print(f"run: {run} ({(time.time() - started) / 60:.1f} minutes)")
-    envs.close()
+    envs.close(terminate=True)
     if video_envs is not None:
-        video_envs.close()
+        video_envs.close(terminate=True)
 
 
 if __name__ == "__main__":

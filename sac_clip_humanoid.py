@@ -192,6 +192,8 @@ def check_args(args: Args) -> None:
     remedy = "must be finite and greater than 0; leave it out to learn it"
     require("ent_coef", args.ent_coef is None or 0 < args.ent_coef < math.inf, remedy)
     require("learning_starts", args.learning_starts >= 0, "must be at least 0")
+    remedy = "leaves no step to learn from; make it less than --total-timesteps"
+    require("learning_starts", args.evaluate or args.learning_starts < args.total_timesteps, remedy)
     for name in ("alpha", "greedy_envs", "tau", "actor_tau", "relabel_fraction"):
         require(name, 0 <= getattr(args, name) <= 1, "must lie between 0 and 1")
     require("gamma", 0 <= args.gamma < 1, "must be at least 0 and less than 1")
@@ -352,6 +354,15 @@ COLOURS = {
 }
 
 
+@contextmanager
+def plain_errors():
+    """Of an error of OpenGL only the words: it holds pointers, so a worker could not send it on."""
+    try:
+        yield
+    except Exception as error:
+        raise RuntimeError(" ".join(str(error).split())) from error
+
+
 class HumanoidEnv(MujocoHumanoid):
     """A 3D humanoid that is to take a pose, seen by a fixed camera.
 
@@ -385,7 +396,7 @@ class HumanoidEnv(MujocoHumanoid):
     | 270-347 | external forces on the bodies                             | N m, N        |
 
     ## Rewards
-    Humanoid-v5's own running reward, to within 0.005, as `step` moves the bodies to where the state
+    Humanoid-v5's own running reward, to within 0.01, as `step` moves the bodies to where the state
     says they are. The CLIP reward of a frame is computed outside, in batches.
 
     ## Starting State
@@ -475,6 +486,7 @@ class HumanoidEnv(MujocoHumanoid):
         info = {} if self.task is None else {"goal_state": self.in_goal_state()}
         return observation, float(reward), terminated, truncated, info
 
+    @plain_errors()
     def render(self):
         if self.render_mode is None:
             return None
@@ -537,7 +549,7 @@ gym.register("HumanoidCLIP-v0", HumanoidEnv, max_episode_steps=MAX_STEPS)
 
 
 class ActionRepeat(gym.Wrapper):
-    """Keeps each action for some steps: their rewards add up, and the goal state is their share."""
+    """Keeps each action for some steps; rewards add up, and so do the steps in the goal state."""
 
     def __init__(self, env: gym.Env, repeat: int):
         super().__init__(env)
@@ -553,7 +565,7 @@ class ActionRepeat(gym.Wrapper):
                 break
         info["steps"] = len(goal_states)
         if "goal_state" in info:  # a free goal has none
-            info["goal_state"] = sum(goal_states) / len(goal_states)
+            info["goal_state"] = sum(goal_states)
         return observation, total, terminated, truncated, info
 
 
@@ -700,7 +712,11 @@ class Replay:
             if end > head:  # its checkpoint was never finished
                 ends[end].unlink()
                 continue
-            part = torch.load(ends[end], map_location=self.device, weights_only=True)
+            try:
+                part = torch.load(ends[end], map_location=self.device, weights_only=True)
+            except Exception as error:
+                remedy = f"cannot load {ends[end]} ({error!r}); restore it"
+                check(False, f"--resume {folder.parents[1]}: {remedy}")
             rows = torch.arange(end - len(part["data"][0]), end)
             for ring, value in zip(self.data, part["data"], strict=True):
                 ring[rows % self.rows] = value
@@ -879,7 +895,7 @@ def evaluate(envs, policy, score, tasks: list[str], episodes: int, key: tuple, a
     for first in range(0, episodes * len(tasks), envs.num_envs):
         goal = (first + env_index) % len(tasks)  # [N]
         seeds = [stream_seed(*key, first + i) for i in range(envs.num_envs)]
-        frames, played, rewards, scores, goal_states = [], [], [], [], []
+        frames, played, rewards, scores, steps, goal_states = [], [], [], [], [], []
         running = np.ones(envs.num_envs, bool)
         with worker_failures(envs, "evaluation"):
             envs.reset_async(seed=seeds)
@@ -894,6 +910,7 @@ def evaluate(envs, policy, score, tasks: list[str], episodes: int, key: tuple, a
                 scores.append(score(observation["frame"][None]))
             played.append(running)
             rewards.append(reward)
+            steps.append(info["steps"])
             if "goal_state" in info:  # a free goal has none
                 goal_states.append(info["goal_state"].reshape(envs.num_envs, -1)[env_index, goal])
             running = running & ~np.logical_or(*ends)
@@ -905,7 +922,7 @@ def evaluate(envs, policy, score, tasks: list[str], episodes: int, key: tuple, a
             scores = np.concatenate([future.result() for future in scores])[:, env_index, goal]
             results["clip_return"] += (played * scores).sum(0).tolist()
         if goal_states:
-            goal_state = (played * goal_states).sum(0) / played.sum(0)
+            goal_state = (played * goal_states).sum(0) / (played * steps).sum(0)
             results["success_rate"] += (goal_state >= 0.5).tolist()
             results["goal_state"] += goal_state.tolist()
     total = episodes * len(tasks)
@@ -950,19 +967,18 @@ def parse_args() -> Args:
     if run is None:
         return args
     # What may differ from the run's own arguments; the rest would make it another run.
-    may_differ = {"resume", "evaluate", "device", "worker_timeout", "compile"}
+    # The CLIP may lie elsewhere by now; a resume checks that it is the same one.
+    may_differ = {"resume", "evaluate", "device", "worker_timeout", "clip_model", "compile"}
     if args.resume:
         state = load_checkpoint(run, "last.pt", "--resume")
         may_differ |= {"total_timesteps", "capture_video", "track"}
         ranks = len(state["ranks"])
-        remedy = f"torchrun --nproc-per-node={ranks}"
+        remedy = "start it with torchrun, and as many in all"
         check(ranks == WORLD_SIZE, f"--resume {run}: has {ranks} rank(s); {remedy}")
     else:
         state = load_checkpoint(run, "best.pt", "--evaluate")
-        may_differ |= {"final_episodes", "num_envs", "precision", "clip_model"}
+        may_differ |= {"final_episodes", "num_envs", "precision", "frame_size"}
     saved = Args(**state["args"])
-    if os.path.isabs(saved.clip_model) and not os.path.exists(saved.clip_model):
-        may_differ |= {"clip_model"}  # its folder was moved, or this is another machine
     args = tyro.cli(Args, default=saved, description=__doc__)
     for name, old in asdict(saved).items():
         new = getattr(args, name)
@@ -1097,8 +1113,8 @@ def main() -> None:
             _, film = evaluate(video_envs, policy, None, tasks, 1, key, args)
             write_video(film, video, None, 0)
             print(f"video: {video}")
-            video_envs.close()
-        envs.close()
+            video_envs.close(terminate=True)
+        envs.close(terminate=True)
 
     if args.evaluate is not None:
         final_report(args.evaluate)
@@ -1116,7 +1132,7 @@ def main() -> None:
         rank_state = state["ranks"][RANK]
         if clip is not None:
             saved = state["prompts"].to(device)
-            same = saved.shape == clip.goal.shape and (saved * clip.goal).sum(-1).min() > 0.99
+            same = saved.shape == clip.goal.shape and (saved * clip.goal).sum(-1).min() > 0.9999
             check(same, f"--clip-model {args.clip_model}: not the CLIP of {run}; name that one")
         for name, part in learned.items():
             part.load_state_dict(state[name])
@@ -1126,7 +1142,9 @@ def main() -> None:
         log_ent_coef.data.copy_(state["log_ent_coef"])
         if state["device"] == device:  # else the noise starts anew
             generator.set_state(rank_state["generator"])
-        step, best_return = state["step"], state["best_return"]
+        step = state["step"]
+        if (run / "best.pt").exists():  # which may be newer than last.pt
+            best_return = load_checkpoint(run, "best.pt", "--resume")["best_return"]
         saved_head, episode[:] = rank_state["replay_head"], rank_state["episode"]
         replay.load(replay_folder, saved_head)
     arguments = asdict(args) | {"resume": None, "evaluate": None}  # of the run, not of this start
@@ -1135,9 +1153,9 @@ def main() -> None:
             import wandb
 
             wandb.init(
-                project=args.wandb_project_name, entity=args.wandb_entity, name=run.name,
-                id=run.name, resume="allow", config=arguments, sync_tensorboard=True,
-                save_code=True,
+                project=args.wandb_project_name, entity=args.wandb_entity,
+                name=run.resolve().name, id=run.resolve().name, resume="allow",
+                config=arguments, sync_tensorboard=True, save_code=True,
             )  # fmt: skip
         writer = SummaryWriter(run, purge_step=step + 1 if args.resume else None)
         table = "\n".join(f"|{key}|{value}|" for key, value in arguments.items())

@@ -489,9 +489,23 @@ def test_words_outside_the_vocabulary_are_warned_about(random_clip, tmp_path):
     with pytest.warns(UserWarning) as caught:
         reward.encode_text([BASELINE, "a robot waving its hand"])
     (warning,) = caught
+    with pytest.warns(UserWarning, match="'2', '机器人'"):
+        reward.encode_text("a robot, 2 机器人")
     assert "'hand', 'its', 'waving'" in str(warning.message)
     assert "cannot judge 'a robot waving its hand'" in str(warning.message)
     assert warning.filename == __file__
+
+
+def test_what_clip_does_not_read_is_warned_about(random_clip):
+    reward = CLIPReward(str(random_clip), GOALS, BASELINE)
+    read, cut = " ".join(["robot"] * 29), " ".join(["robot"] * 31)  # start and end take two of 32
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        reward.encode_text([BASELINE, read])
+    with pytest.warns(UserWarning, match="fills the 32 tokens that this CLIP reads") as caught:
+        reward.encode_text([BASELINE, cut])
+    (warning,) = caught
+    assert cut in str(warning.message) and warning.filename == __file__
 
 
 @pytest.fixture

@@ -65,7 +65,7 @@ class Bodies:
         info = {"steps": np.full(2, 2)}
         return self.observe(), np.zeros(2), np.zeros(2, bool), self.step >= self.limit, info
 
-    def close(self):
+    def close(self, terminate):
         pass
 
 
@@ -296,15 +296,17 @@ def test_gradients_are_averaged_over_the_ranks(script, monkeypatch):
 
 
 class Falling(Bodies):
-    """Body 0 ends after 4 steps, 2 of them in the goal state of task 0; body 1 after 10, 4 of them
-    in that of task 1. Each always is in that of the other's task, and never in that of task 2."""
+    """Body 0 ends after 4 actions, 2 of them in the goal state of task 0; body 1 after 10, 4 of
+    them in that of task 1. Each always is in that of the other's, and never in that of task 2."""
 
     def step_wait(self, timeout):
         t = self.step[0]
         # What comes after an episode's end is not its own.
         goal_state = np.array([[t <= 2 or t > 4, True, False], [True, t <= 4, False]])
         terminated, truncated = np.array([t == 4, False]), np.array([False, t == 10])
-        return self.observe(), np.ones(2), terminated, truncated, {"goal_state": goal_state * 1.0}
+        steps = np.array([1 if t == 4 else 2, 2])  # it fell amid its last action
+        info = {"goal_state": goal_state * steps[:, None], "steps": steps}
+        return self.observe(), np.ones(2), terminated, truncated, info
 
 
 def test_an_evaluation_of_bodies_counts_each_episode_to_its_end():
@@ -326,7 +328,7 @@ def test_an_evaluation_of_bodies_counts_each_episode_to_its_end():
     assert [goals[i] for i in (0, 10, 20)] == [[0, 1], [2, 0], [1, 2]] and len(goals) == 30
     assert means["success_rate_first"] == 1 and means["success_rate_second"] == 0.5
     assert means["success_rate_third"] == 0 and means["success_rate"] == 0.5
-    assert means["goal_state"] == pytest.approx((2 / 4 + 4 / 10 + 0 + 1 + 1 + 0) / 6)
+    assert means["goal_state"] == pytest.approx((4 / 7 + 4 / 10 + 0 + 1 + 1 + 0) / 6)
     assert means["episodic_return"] == (4 + 10) / 2
     steps = 1 + 2 + 3 + 4, sum(range(1, 11)) + 10 * 100
     tasks_return = 1000 * 4 * (0 + 2 + 1) + 1000 * 10 * (1 + 0 + 2)
@@ -359,7 +361,7 @@ def whole_replay(run: Path) -> list[dict]:
 
 def test_the_sac_loop_stores_each_frame_and_keeps_the_best(world, monkeypatch):
     made, start = world(sac, Bodies)
-    clip_returns, keys, reported = iter([1.0, 3.0, 2.0, 2.5]), [], []
+    clip_returns, keys, reported = iter([1.0, 3.0, 2.0, 3.5, 2.5]), [], []
 
     def evaluate(envs, policy, score, tasks, episodes, key, args):
         keys.append(key)
@@ -405,9 +407,14 @@ def test_the_sac_loop_stores_each_frame_and_keeps_the_best(world, monkeypatch):
         own = [seeds[env] for seeds, begins in drawn if begins[env]]
         assert own == [sac.stream_seed(1, sac.TRAINING, env, k) for k in range(len(own))]
 
+    best = torch.load(run / "best.pt", weights_only=True) | {"best_return": 4.0}
+    torch.save(best, run / "best.pt")  # as if it were from after the last checkpoint
     start("--resume", run, "--total-timesteps", 800)  # its evaluation is not the best
     last, best = (torch.load(run / f"{name}.pt", weights_only=True) for name in ("last", "best"))
     assert (last["step"], best["step"]) == (800, 400)
+    (run / "best.pt").unlink()  # of a copy
+    start("--resume", run, "--total-timesteps", 1000)
+    assert torch.load(run / "best.pt", weights_only=True)["step"] == 1000
 
 
 def test_the_dqn_loop_stores_blocks_mirrors_half_and_copies_its_target(world, monkeypatch):
@@ -488,7 +495,7 @@ def test_the_dqn_loop_scores_its_frames_and_lifts_before_it_places(
 ):
     made, start = world(dqn, Toys, Sights)
     forward, asked, reports = dqn.QNetwork.forward, [], []
-    success = iter([1.0, 3.0, 2.0, 2.5])
+    success = iter([1.0, 3.0, 2.0, 3.5])
 
     def recorded_forward(network, seen, traces, texts):
         asked.append((network.head.weight.detach().clone(), texts))
@@ -567,6 +574,8 @@ def test_the_dqn_loop_scores_its_frames_and_lifts_before_it_places(
         own = [seeds[env] for seeds, begins in drawn if begins[env]]
         assert own == [dqn.stream_seed(1, dqn.TRAINING, env, k) for k in range(len(own))]
 
+    best = torch.load(run / "best.pt", weights_only=True) | {"best_success": 4.0}
+    torch.save(best, run / "best.pt")  # as if it were from after the last checkpoint
     start("--resume", run, "--total-timesteps", 1600)  # its evaluation is not the best
     last, best = (torch.load(run / f"{name}.pt", weights_only=True) for name in ("last", "best"))
     assert (last["step"], best["step"]) == (1600, 800)

@@ -1,6 +1,8 @@
 """The humanoid, its predicates, the parts of SAC against slow references, and whole runs."""
 
 import copy
+import ctypes
+import importlib
 import json
 import math
 import os
@@ -130,7 +132,7 @@ def test_all_tasks_have_a_goal_state_each():
     assert goal_state.tolist() == [task.in_goal_state(env.pose()) for task in TASKS.values()]
 
 
-def test_a_repeated_action_adds_rewards_and_shares_the_goal_state():
+def test_a_repeated_action_adds_rewards_and_steps_in_the_goal_state():
     repeated, single = (
         gym.make("HumanoidCLIP-v0", task="standing", terminate_when_unhealthy=True)
         for _ in range(2)
@@ -148,9 +150,10 @@ def test_a_repeated_action_adds_rewards_and_shares_the_goal_state():
             ended = any(steps[-1][2:4])
         np.testing.assert_array_equal(observation, steps[-1][0])
         assert total == pytest.approx(sum(step[1] for step in steps))
-        assert info["goal_state"] == np.mean([step[4]["goal_state"] for step in steps])
+        assert info["goal_state"] == sum(step[4]["goal_state"] for step in steps)
         assert any(ends) == ended
-        shares.append(info["goal_state"])
+        assert info["steps"] == len(steps)
+        shares.append(info["goal_state"] / len(steps))
     assert len(steps) < 4  # it fell amid an action
     assert 0 < np.mean(shares) < 1 and not {0.25, 0.5, 0.75}.isdisjoint(shares)
 
@@ -352,7 +355,7 @@ def test_a_replay_that_was_filled_anew_keeps_what_last_pt_needs(tmp_path):
     np.testing.assert_array_equal(sampled(restored, 100), expected)
 
 
-def test_replay_comes_back_from_its_files(tmp_path):
+def test_replay_comes_back_from_its_files(tmp_path, capsys):
     replay, saved = Replay(200, 4, 2, 1, 2, "cpu"), 0
     for part in range(5):
         fill(replay, 18, seed=part)
@@ -362,7 +365,13 @@ def test_replay_comes_back_from_its_files(tmp_path):
     restored.load(tmp_path, saved)
     np.testing.assert_array_equal(sampled(restored, 2000), sampled(replay, 2000))
     assert len(list(tmp_path.iterdir())) < 5  # what the ring has overwritten is gone
-    next(tmp_path.glob(f"*-{saved}.pt")).unlink()
+    file = next(tmp_path.glob(f"*-{saved}.pt"))
+    file.write_bytes(b"")  # as a power cut leaves it
+    with pytest.raises(SystemExit):
+        Replay(200, 4, 2, 1, 2, "cpu").load(tmp_path, saved)
+    errors = capsys.readouterr().err
+    assert str(file) in errors and errors.count("\n") == 1
+    file.unlink()
     with pytest.raises(SystemExit):
         Replay(200, 4, 2, 1, 2, "cpu").load(tmp_path, saved)
 
@@ -741,16 +750,20 @@ def test_a_dead_or_hanging_worker_ends_the_run_in_one_line(
     assert networks(only_run(tmp_path))
 
 
-def test_workers_that_cannot_draw_end_the_run_before_it_begins(tmp_path, monkeypatch):
-    def broken(self):
-        raise RuntimeError("no display")
+@pytest.mark.parametrize("script", ["sac_clip_humanoid", "dqn_clip_playhouse"])
+def test_workers_that_cannot_draw_end_the_run_before_it_begins(script, tmp_path, monkeypatch):
+    def broken(*args):
+        error = RuntimeError("EGLError(\n  no display)")
+        error.context = ctypes.pointer(ctypes.c_int())  # as OpenGL's: it cannot be pickled
+        raise error
 
-    monkeypatch.setattr(HumanoidEnv, "render", broken)  # the workers are forked
+    monkeypatch.setattr("mujoco.Renderer", broken)  # the workers are forked
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [SCRIPT, *SMALL])
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", "--num-envs", "2", "--frame-size", "48"])
     with pytest.raises(SystemExit) as exit_:
-        main()
-    assert re.match(r"first frame: worker .* of 4 failed .*libegl1", exit_.value.code)
+        importlib.import_module(script).main()
+    what = r"first frame: worker .* of 2 failed \(EGLError\( no display\)\).*libegl1"
+    assert re.match(what, exit_.value.code)
     assert not (tmp_path / "runs").exists()
 
 
@@ -808,6 +821,7 @@ def test_nan_stops_the_run_and_leaves_the_last_checkpoint(tmp_path, random_clip)
         (["--reward", "env", "--goal", "a cat"], ["--goal a cat", "--reward env"]),
         (["--batch-size", "8", "--buffer-size", "32"], ["--buffer-size 32", "raise it to 48"]),
         (["--learning-starts", "-1"], ["--learning-starts -1"]),
+        (["--total-timesteps", "5000"], ["--learning-starts 5000", "less than --total"]),
         (["--task", "all", "--goal", "a robot"], ["--task all", "not together with --goal"]),
         (["--relabel-fraction", "2"], ["--relabel-fraction 2.0", "between 0 and 1"]),
         (["--ent-coef", "0"], ["--ent-coef 0", "greater than 0", "learn it"]),
@@ -819,7 +833,7 @@ def test_nan_stops_the_run_and_leaves_the_last_checkpoint(tmp_path, random_clip)
         (["--resume", "a", "--evaluate", "b"], ["--evaluate b", "--resume"]),
         (["--resume", "nowhere"], ["--resume nowhere"]),
         (["--evaluate", "nowhere"], ["--evaluate nowhere"]),
-        (["--baseline", "a humanoid robot kneeling", "--alpha", "0.5"], ["--goal", "take alpha 0"]),
+        (["--baseline", "a humanoid robot kneeling", "--alpha", "0.5"], ["--bas", "take alpha 0"]),
     ],
 )
 def test_bad_input_is_one_line(tmp_path, random_clip, flags, words, monkeypatch, capsys):
@@ -875,9 +889,8 @@ def test_no_gl_library_names_the_packages(script, tmp_path):
 
 @pytest.mark.parametrize(
     ("option", "value", "old"),
-    [("--gamma", "0.9", "0.95"), ("--clip-model", "other", "random_clip"),
-     ("--num-envs", "9", "4")],
-)  # fmt: skip
+    [("--gamma", "0.9", "0.95"), ("--frame-size", "64", "48"), ("--num-envs", "9", "4")],
+)
 def test_a_resumed_run_keeps_its_arguments(finished, option, value, old, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [SCRIPT, "--resume", str(finished[0]), option, value])
     with pytest.raises(SystemExit) as exit_:
