@@ -63,10 +63,15 @@ def title(runs: list[dict], what: str) -> str:
 
 def kneeling(load: Callable[[str], dict]) -> plt.Figure:
     """What CLIP pays and what the predicate sees, over env steps and over time."""
-    runs = load("kneeling")["runs"]
+    runs, without = load("kneeling")["runs"], load("no_layer_norm")["runs"]
     figure, axes = plt.subplots(2, 2, figsize=(9, 5), sharex="col", sharey="row")
-    both_axes(axes[0], "success rate / %", runs, "success_rate", 100, color="tab:green")
-    both_axes(axes[1], "CLIP return", runs, "clip_return", color="tab:purple")
+    plain = {"color": "lightgray", "zorder": 1, "label": "--no-layer-norm"}
+    for experiment, style in ((without, plain), (runs, {"label": "default"})):
+        green, purple = ({"color": f"tab:{name}"} | style for name in ("green", "purple"))
+        both_axes(axes[0], "success rate / %", experiment, "success_rate", 100, **green)
+        both_axes(axes[1], "CLIP return", experiment, "clip_return", **purple)
+    for axis in axes[:, 1]:
+        axis.legend(loc="lower right")
     figure.suptitle(title(runs, "Kneeling, from its sentence"))
     return figure
 
