@@ -549,7 +549,7 @@ def test_command_line_reports_a_bad_value_without_a_traceback(random_clip, image
         [sys.executable, str(SCRIPT), *arguments, *map(str, images)], capture_output=True, text=True
     )
     assert result.returncode == 2 and result.stdout == ""
-    assert result.stderr.startswith(f"error: --goal {BASELINE!r}: ")
+    assert result.stderr.startswith(f"error: --baseline {BASELINE!r}: ")
     assert result.stderr.count("\n") == 1
 
 
