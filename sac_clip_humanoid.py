@@ -356,7 +356,7 @@ COLOURS = {
 
 @contextmanager
 def plain_errors():
-    """Of an error of OpenGL only the words: it holds pointers, so a worker could not send it on."""
+    """Keeps an OpenGL error's words alone: it holds pointers, which no worker can send."""
     try:
         yield
     except Exception as error:
@@ -973,7 +973,7 @@ def parse_args() -> Args:
         state = load_checkpoint(run, "last.pt", "--resume")
         may_differ |= {"total_timesteps", "capture_video", "track"}
         ranks = len(state["ranks"])
-        remedy = "start it with torchrun, and as many in all"
+        remedy = "start as many with torchrun"
         check(ranks == WORLD_SIZE, f"--resume {run}: has {ranks} rank(s); {remedy}")
     else:
         state = load_checkpoint(run, "best.pt", "--evaluate")

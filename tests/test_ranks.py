@@ -140,4 +140,4 @@ def test_another_number_of_ranks_is_refused(ended, monkeypatch, capsys):
         importlib.import_module(script).main()
     errors = capsys.readouterr().err
     assert exit_.value.code == 2 and errors.count("\n") == 1
-    assert "has 2 rank(s); start it with torchrun" in errors
+    assert f"--resume {run}: has 2 rank(s); start as many with torchrun" in errors

@@ -833,7 +833,10 @@ def test_nan_stops_the_run_and_leaves_the_last_checkpoint(tmp_path, random_clip)
         (["--resume", "a", "--evaluate", "b"], ["--evaluate b", "--resume"]),
         (["--resume", "nowhere"], ["--resume nowhere"]),
         (["--evaluate", "nowhere"], ["--evaluate nowhere"]),
-        (["--baseline", "a humanoid robot kneeling", "--alpha", "0.5"], ["--bas", "take alpha 0"]),
+        (
+            ["--baseline", "a humanoid robot kneeling", "--alpha", "0.5"],
+            ["--baseline 'a humanoid robot kneeling'", "the goal", "take alpha 0"],
+        ),
     ],
 )
 def test_bad_input_is_one_line(tmp_path, random_clip, flags, words, monkeypatch, capsys):
