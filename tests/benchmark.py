@@ -14,6 +14,7 @@ open_clip without a tag gets random weights, which are as fast as trained ones.
 # ruff: noqa: E402, I001
 
 import contextlib
+import io
 import json
 import multiprocessing
 import os
@@ -78,15 +79,18 @@ def script_of(args: Args):
     return {"sac": sac_clip_humanoid, "dqn": dqn_clip_playhouse}[args.script]
 
 
-def script_args(args: Args):
-    """The script's own arguments, with the benchmark's on top; training never ends or stops."""
+def script_args(args: Args, still: bool = False):
+    """The script's own arguments, with the benchmark's on top; training never ends or stops.
+    `still`: without CLIP's reward."""
     chosen = {
         name: value
         for name in ("clip_model", "device", "precision", "frame_size", "num_envs", "score_every",
                      "batch_size", "updates_per_step")
         if (value := getattr(args, name)) is not None
     }  # fmt: skip
-    if args.script == "dqn":
+    if still:
+        chosen["reward"] = "env"
+    elif args.script == "dqn":
         chosen["beta"] = 0.5  # there is nothing to calibrate
     endless = dict.fromkeys(("total_timesteps", "eval_every", "checkpoint_every"), 10**9)
     return script_of(args).Args(**chosen, **endless, learning_starts=0, capture_video=False)
@@ -222,7 +226,7 @@ def gpu_watch():
 
 def train(args: Args, still: bool) -> dict:
     """Run the script's main loop for the timed steps; `still`: no world, and no CLIP."""
-    script, settings, watched = script_of(args), script_args(args), []
+    script, settings, watched = script_of(args), script_args(args, still), []
     make_envs = script.make_envs
 
     def make_watched_envs(*arguments):
@@ -232,16 +236,18 @@ def train(args: Args, still: bool) -> dict:
 
     script.make_envs = make_watched_envs
     if still:
-        settings.reward, script.CLIPReward = "env", StillCLIP
+        script.CLIPReward = StillCLIP
     script.parse_args = lambda: settings
     with tempfile.TemporaryDirectory() as folder, gpu_watch() as busy:
         os.chdir(folder)  # runs/ goes there
-        with (
-            contextlib.suppress(Measured),
-            open(os.devnull, "w") as bar,
-            contextlib.redirect_stderr(bar),
-        ):
-            script.main()
+        bar = io.StringIO()  # of the progress; also takes what the script refuses
+        try:
+            with contextlib.redirect_stderr(bar):
+                script.main()
+        except Measured:
+            pass
+        except SystemExit:
+            sys.exit(bar.getvalue().splitlines()[-1])
         os.chdir(HERE)
     (start, cpu_start), (end, cpu_end) = watched[0].marks
     steps = (watched[0].last - WARM_UP) * watched[0].num_envs * steps_per_frame(args)
