@@ -403,6 +403,7 @@ TOY_GROUP = 1  # of the geoms of toys and the agent, which rays ignore
 REACH = 1.2  # m from the eye: what can be grabbed
 NEAR, SEEN, CENTRAL = 1.2, 0.006, 0.2  # found: m from the eye, share of the frame, off its middle
 AT_REST = 0.3  # m/s, at most, of a toy that is placed
+MAX_SPIN = 30.0  # rad/s of a toy, after each step
 ACTIONS = ("forward", "back", "left", "right", "up", "down", "grab", "release", "stay")
 
 
@@ -710,6 +711,9 @@ class PlayhouseEnv(gym.Env):
         data.qvel[self._agent_qvel] = 0
         if let_go:
             mujoco.mj_step(self.model, data, nstep=40)  # till it lies: in the air it looks placed
+        # The integrator makes what spins fast spin faster still: a toy kicked into a corner would.
+        spins = data.qvel[: 6 * len(self.toys)].reshape(-1, 6)[:, 3:]  # rad/s; a view
+        np.clip(spins, -MAX_SPIN, MAX_SPIN, out=spins)
         data.qpos[self._agent_qpos[2]] = yaw + turn  # no contact turns it
         if self._gap() < RADIUS - 0.04:  # contact is soft, and thin boards are no obstacle to it
             data.qpos[self._agent_qpos[:2]] = x, y

@@ -395,6 +395,17 @@ def test_walking_along_a_wall_does_not_turn_the_agent(env):
     assert env.data.qpos[env._agent_qpos[2]] == pytest.approx(np.deg2rad(135), abs=0.05)
 
 
+def test_a_toy_that_spins_fast_comes_to_rest(env):
+    """Left alone, one of this home's spins faster and faster, until MuJoCo starts it anew."""
+    env.reset(seed=1)
+    velocity = env.data.qvel[: 6 * len(env.toys)].reshape(-1, 6)
+    velocity[:, 2:] = 2, 60, 0, 60  # m/s upwards, and rad/s
+    for _ in range(40):
+        env.step(act("stay"))
+    assert env.data.warning[mujoco.mjtWarning.mjWARN_BADQACC].number == 0
+    assert np.abs(velocity).max() < 1
+
+
 def test_the_tour_is_a_video(tmp_path):
     assert tour(tmp_path / "tour.mp4", seed=1) == []  # nothing was missed
     assert (tmp_path / "tour.mp4").stat().st_size > 10_000
