@@ -29,11 +29,11 @@ TABLE = re.findall(r"`(python sac_clip_humanoid\.py --clip-model [^`]+)`", READM
 assert len(TABLE) == 3
 SHORT = [
     "--total-timesteps", "400", "--num-envs", "2", "--learning-starts", "100",
-    "--eval-episodes", "2", "--final-episodes", "2", "--hidden", "32", "--batch-size", "32",
+    "--eval-episodes", "1", "--final-episodes", "1", "--hidden", "32", "--batch-size", "32",
 ]  # fmt: skip
 SHORT_DQN = [
     "--total-timesteps", "400", "--num-envs", "2", "--learning-starts", "100",
-    "--eval-episodes", "2", "--final-episodes", "2", "--batch-size", "16",
+    "--eval-episodes", "1", "--final-episodes", "1", "--batch-size", "16",
     "--calibration-episodes", "2",
 ]  # fmt: skip
 
