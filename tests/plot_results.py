@@ -114,17 +114,23 @@ def learning(load: Callable[[str], dict]) -> plt.Figure:
 
 
 def playhouse(load: Callable[[str], dict]) -> plt.Figure:
-    """Of each family's goals, in unseen homes: where the toy is, and what CLIP says of it."""
+    """Of each family's goals, in unseen homes: where the toy is, and what CLIP says of it; and what
+    relabelling half of the samples changes."""
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.5), sharey=True)
-    runs = load("playhouse")["runs"]
+    runs, relabelled = load("playhouse")["runs"], load("playhouse_relabel")["runs"]
     for axis, judge in zip(axes, ("success_rate", "clip_success"), strict=True):
         for family, color in FAMILIES.items():
             over_seeds(axis, runs, f"{judge}_{family}", 100, color=color, label=family)
         axis.set_xlabel("thousand env steps")
         axis.grid(alpha=0.3)
+    steps = np.array(relabelled[0]["curve"]["step"]) / 1000
+    for family, color in FAMILIES.items():
+        mean = np.mean([run["curve"][f"success_rate_{family}"] for run in relabelled], axis=0)
+        axes[0].plot(steps, 100 * mean, ":", color=color)
+    axes[0].plot([], [], ":", color="black", label="mean, half relabelled")
     axes[0].set(title="by the simulator's state", ylabel="success rate / %")
     axes[1].set(title="by CLIP")
-    axes[0].legend()
+    axes[0].legend(loc="lower right")
     figure.suptitle(title(runs, "The playhouse, from CLIP alone"))
     return figure
 

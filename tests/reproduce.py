@@ -121,8 +121,8 @@ EXPERIMENTS = {
     ),
     "playhouse": Experiment("all families, from CLIP", DQN, 2.8, 2),
     "playhouse_env": Experiment("all families, on the truth", f"{DQN} --reward env", 1.6, 1),
-    "playhouse_paper": Experiment(
-        "all families, from CLIP, no relabelling", f"{DQN} --relabel-fraction 0", 1.6, 1
+    "playhouse_relabel": Experiment(
+        "all families, from CLIP, half relabelled", f"{DQN} --relabel-fraction 0.5", 2.8, 2
     ),
 }
 

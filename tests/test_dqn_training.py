@@ -480,7 +480,7 @@ SMALL = [
     "--eval-every", "800", "--checkpoint-every", "800", "--eval-episodes", "4",
     "--final-episodes", "4", "--batch-size", "16", "--buffer-size", "1200", "--frame-size", "48",
     "--calibration-episodes", "4", "--epsilon-steps", "800", "--target-every", "40",
-    "--updates-per-step", "0.25", "--device", "cpu",
+    "--updates-per-step", "0.25", "--relabel-fraction", "0.5", "--device", "cpu",
     "--temperature", "0.003",  # at which a random CLIP pays
 ]  # fmt: skip
 

@@ -28,7 +28,8 @@ def test_figures_are_drawn_from_what_is_there(tmp_path, capsys):
     assert not list(tmp_path.glob("*.png"))
     assert capsys.readouterr().out.count("first python tests/reproduce.py") == 8
 
-    write("playhouse", {"runs": [run(0.5), run(0.9)]})
+    for name in ("playhouse", "playhouse_relabel"):
+        write(name, {"runs": [run(0.5), run(0.9)]})
     write("no_layer_norm", {"runs": [run(0.7)]})
     for task in plot_results.PAPER:
         write(task, {"runs": [run(0.8), run(1.0)] if task == "kneeling" else [run(0.9)]})
