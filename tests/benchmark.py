@@ -218,10 +218,12 @@ def gpu_watch():
     thread = threading.Thread(target=watch)
     if shutil.which(query[0]):
         thread.start()
-    yield samples
-    over.set()
-    if thread.is_alive():
-        thread.join()
+    try:
+        yield samples
+    finally:
+        over.set()
+        if thread.is_alive():
+            thread.join()
 
 
 def train(args: Args, still: bool) -> dict:
@@ -238,17 +240,16 @@ def train(args: Args, still: bool) -> dict:
     if still:
         script.CLIPReward = StillCLIP
     script.parse_args = lambda: settings
-    with tempfile.TemporaryDirectory() as folder, gpu_watch() as busy:
-        os.chdir(folder)  # runs/ goes there
+    # runs/ goes into the folder
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder), gpu_watch() as busy:
         bar = io.StringIO()  # of the progress; also takes what the script refuses
         try:
             with contextlib.redirect_stderr(bar):
                 script.main()
         except Measured:
             pass
-        except SystemExit:
-            sys.exit(bar.getvalue().splitlines()[-1])
-        os.chdir(HERE)
+        except SystemExit as stop:  # it says why itself, or has printed it
+            sys.exit(stop.code if isinstance(stop.code, str) else bar.getvalue().splitlines()[-1])
     (start, cpu_start), (end, cpu_end) = watched[0].marks
     steps = (watched[0].last - WARM_UP) * watched[0].num_envs * steps_per_frame(args)
     busy = [share for moment, share in busy if start < moment < end]

@@ -64,6 +64,21 @@ def test_bad_input_is_one_line(flags, capsys):
     assert " ".join(flags) in errors
 
 
+@pytest.mark.parametrize("printed", [True, False])
+def test_why_a_script_stopped_is_passed_on(printed, monkeypatch):
+    def main() -> None:
+        print("step 3", file=sys.stderr)
+        if printed:
+            print("error: --flag 1: take 2", file=sys.stderr)
+        sys.exit(2 if printed else "error: --flag 1: take 2")
+
+    script = benchmark.sac_clip_humanoid
+    for name, value in (("main", main), ("make_envs", None), ("parse_args", None)):
+        monkeypatch.setattr(script, name, value)  # train sets the last two itself
+    with pytest.raises(SystemExit, match="^error: --flag 1: take 2$"):
+        benchmark.train(benchmark.Args(), still=False)
+
+
 def test_a_short_benchmark_of_the_playhouse(random_clip):  # reproduce's test has the humanoid
     result = subprocess.run(
         [
