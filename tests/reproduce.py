@@ -16,6 +16,7 @@ import hashlib
 import json
 import re
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
@@ -268,4 +269,9 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    # As Ctrl-C, which ends the run that was started too: two of them would share one folder.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        main(tyro.cli(Args))
+    except KeyboardInterrupt:
+        raise SystemExit("stopped; the same command goes on") from None

@@ -4,7 +4,9 @@ import json
 import re
 import shlex
 import sys
+import time
 from pathlib import Path
+from subprocess import PIPE, Popen
 
 import pytest
 import reproduce
@@ -55,6 +57,21 @@ def test_an_interrupted_run_is_resumed_and_a_result_is_kept(
     reproduce.main(args)
     assert (tmp_path / "short.json").read_text() == before
     assert "is there" in capsys.readouterr().out
+
+
+def test_a_kill_ends_the_run_that_was_started_too(tmp_path):
+    line = [sys.executable, reproduce.__file__, "kneeling", "--results", tmp_path]
+    started = Popen([*line, "--runs", tmp_path / "runs"], stderr=PIPE, text=True)
+    children = Path(f"/proc/{started.pid}/task/{started.pid}/children")
+    while not (run := children.read_text().split()):
+        time.sleep(0.1)
+    started.terminate()
+    assert "the same command goes on" in started.communicate(timeout=60)[1]
+    assert started.returncode == 1
+    deadline = time.time() + 10
+    while Path(f"/proc/{run[0]}").exists():  # killed, and not yet gone
+        assert time.time() < deadline
+        time.sleep(0.1)
 
 
 def test_seeds_that_a_result_lacks_are_added_one_by_one(tmp_path, monkeypatch, capsys):
