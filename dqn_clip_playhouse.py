@@ -5,8 +5,8 @@
     python dqn_clip_playhouse.py --tour                      # a video of a walk that does all three
 
 CLIP compares each frame with the prompt of every goal. A goal's reward is 1 where its probability
-among the goals of its family exceeds a threshold, else 0. The same frames are scored for all goals
-at once, so a walk that fails at its own goal teaches the ones that it happened to reach.
+among the goals of its family exceeds a threshold, else 0. A frame is scored for all goals at once:
+with --relabel-fraction a walk that fails at its own goal teaches those that it happened to reach.
 
 Paper: Baumli et al., "Vision-Language Models as a Source of Rewards", arXiv 2312.09187. Their home
 is not public; this one is built in code, a new one for each episode.
@@ -135,7 +135,7 @@ class Args:
     place_after_lift: bool = True
     """place in two stages: the goal is to lift the toy until CLIP sees it in the hand, then to
     place it, which counts once it is in the hand no longer; --no-place-after-lift (the paper) has
-    one stage, and pays hindsight for the toys that lay there from the start"""
+    one stage"""
     in_hand: float = 0.5
     """share of the training episodes with a place goal that begin on the way to the place, with the
     toy in the hand; 0 is the paper"""
@@ -152,7 +152,7 @@ class Args:
     # ---- Algorithm
 
     buffer_size: int = 150_000
-    """transitions in the replay of each rank: 3 GiB, and as much in the run's folder"""
+    """transitions in the replay of each rank: 3 GiB, and up to 4 in the run's folder"""
     learning_starts: int = 10_000  # env steps of random actions before the first update
     updates_per_step: float = 0.125  # gradient updates per environment step of all ranks
     batch_size: int = 64  # transitions per update and rank

@@ -1088,7 +1088,7 @@ def main() -> None:
         return torch.tanh(agent(s)[0]).cpu().numpy()
 
     def final_report(run: Path) -> None:
-        """The best and the last agent, beside a random and a motionless one, on unseen seeds."""
+        """The best and the last agent, beside a random one and no torque, on unseen seeds."""
         rng = np.random.default_rng(args.seed)
         players = {
             "random": lambda s, goal: rng.uniform(-1, 1, (len(s), act_dim)).astype(np.float32),
