@@ -89,7 +89,7 @@ def test_command(command, folder, first_run):
         run(command, folder, "--homes", "8", "--output", str(folder / "homes.json"))
         in_view = json.loads((folder / "homes.json").read_text())["alphas"]["0"]["train"]
         precision = [in_view[family]["average_precision_in_view"] for family in in_view]
-        assert len(precision) == 3 and min(precision) > 0.75  # of 240 homes 0.96, 1.00, 0.90
+        assert len(precision) == 3 and min(precision) > 0.75  # of 240 homes 0.92, 1.00, 0.82
     elif command == "python sac_clip_humanoid.py":
         assert json.loads((first_run / "report.json").read_text())  # this one it was
     elif "benchmark" in command:
