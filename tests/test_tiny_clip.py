@@ -290,7 +290,28 @@ def test_what_an_agent_reaches_is_photographed(goals, tmp_path):
     env.close()
 
 
-def test_the_search_climbs_towards_states_that_are_overrated(monkeypatch, capsys):
+def test_adversaries_learn_from_the_clip_and_show_what_they_reach(tmp_path, monkeypatch, capsys):
+    few = "--num-envs 2 --learning-starts 0 --eval-every 200 --checkpoint-every 200"
+    popen = train_tiny_clip.subprocess.Popen
+    monkeypatch.setattr(train_tiny_clip, "REACHED", 50)
+    monkeypatch.setattr(
+        train_tiny_clip.subprocess,
+        "Popen",
+        lambda line, **options: popen([*line, *few.split()], **options),
+    )
+    args = train_tiny_clip.Args(output=FOLDER, adversaries=("splits",))
+    args.adversary_steps = 400
+    train_tiny_clip.open_studio(args)
+    reached = train_tiny_clip.adversary_states(args, HerePool(), 0)
+    assert len(reached.frames) == 100 and len(np.unique(reached.qpos, axis=0)) == 100
+    printed = capsys.readouterr().out
+    assert printed.count("clip_return") == 1 and "__splits__" in printed
+    args.adversary_steps = 0
+    with pytest.raises(SystemExit, match="--adversaries"):
+        train_tiny_clip.adversary_states(args, HerePool(), 0)
+
+
+def test_the_search_climbs_towards_states_that_are_misjudged(monkeypatch, capsys):
     monkeypatch.setattr(train_tiny_clip, "LINEAGES", 8)
     monkeypatch.setattr(train_tiny_clip, "GENERATIONS", 3)
     train_tiny_clip.open_studio(train_tiny_clip.Args())
@@ -302,9 +323,10 @@ def test_the_search_climbs_towards_states_that_are_overrated(monkeypatch, capsys
         low = (teal * rows).sum((1, 2)) / (teal.sum((1, 2)) + 1)
         return np.repeat(low[:, None], len(captions), 1)
 
-    found = train_tiny_clip.overrated_states(score, HerePool(), known, np.random.default_rng(0))
+    found = train_tiny_clip.misjudged_states(score, HerePool(), known, np.random.default_rng(0))
     numbers = [float(word) for word in re.findall(r"-?\d+\.\d+", capsys.readouterr().out)]
-    before, after = np.array(numbers).reshape(-1, 2).T
+    signs = [sign for _, sign in train_tiny_clip.SOUGHT]
+    before, after = signs * np.array(numbers).reshape(-1, 2).T
     assert (after >= before).all() and (after > before + 0.02).mean() > 0.5
     assert len(found.frames) == len(train_tiny_clip.SOUGHT) * 8 * 3
     env = train_tiny_clip.studio.env

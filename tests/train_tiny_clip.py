@@ -6,19 +6,22 @@
 States come from scripted poses with noise, from stiff settling on the floor, from physics after
 that, and from random falls. An agent visits what nobody scripted: whatever the CLIP overrates. So,
 several times during the training, a hill climb over poses looks for states that the CLIP of that
-moment overrates, and what it visits is added to the training states. What agents reached that were
-trained on an earlier CLIP can be added too (`--start` and `--agents`). Every image gets a graded
-truth in [0, 1] for each attribute (a stance, or what the arms do), measured on the body's geometry
-in this file and never with the `TASKS` predicates, which mark the agents. A caption is a
-conjunction of attributes in random words, and its truth the smallest of theirs, so the loss knows
-for every image of a batch and every caption of it whether they match.
+moment misjudges, and what it visits is added to the training states; so is what agents reach that
+are trained on the CLIP of that moment (`--adversaries`), or were on an earlier one (`--start` and
+`--agents`). Every image gets a graded truth in [0, 1] for each attribute (a stance, or what the
+arms do), measured on the body's geometry in this file and never with the `TASKS` predicates, which
+mark the agents. A caption is a conjunction of attributes in random words, and its truth the
+smallest of theirs, so the loss knows for every image of a batch and every caption of it whether
+they match.
 """
 
 import json
 import math
 import multiprocessing.pool
 import re
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -53,17 +56,25 @@ class Args:
     begin as the identity; any other image tower starts anew, and imitates its own at first where it
     sees the humanoid"""
     minutes: float = 42.0
-    """length of the training itself, after the rendering; the learning rate decays to its end"""
+    """length of the training itself, without rendering, searches and adversaries; the learning rate
+    decays to its end"""
     steps: int | None = None
     """its length in steps instead, so that it is the same on every machine"""
     states: int = 90_000
     """rendered states of the humanoid"""
     homes: int = 0
-    """states of the playhouse, two thirds of each batch with close-ups; 0 leaves them out"""
+    """states of the playhouse; 0 leaves them out"""
+    home_share: float = 2 / 3
+    """of each batch, three eighths of it close-ups, where there are states of the playhouse"""
     agents: tuple[Path, ...] = ()
     """runs of sac_clip_humanoid.py: what their agents reach is trained on too"""
     searches: int = 7
-    """searches for states that the CLIP overrates, spread over the training; 0 for none"""
+    """searches for states that the CLIP misjudges, spread over the training; 0 for none"""
+    adversaries: tuple[str, ...] = ()
+    """tasks of sac_clip_humanoid.py: before each search, an agent is trained for each on the CLIP
+    of that moment, and what it reaches is trained on too"""
+    adversary_steps: int = 80_000
+    """environment steps of each of these agents"""
     batch_size: int = 128
     """images per step"""
     captions: int = 128
@@ -238,7 +249,7 @@ STANCE_POSES = {
     "one_leg_low_back": {"right:hip_y": 5, "right:knee": -35},
 }
 STANCE_WEIGHTS = {
-    "stand": 5, "stand_bent": 2, "stand_staggered": 2, "stand_wide": 2, "kneel": 3, "splits": 4,
+    "stand": 5, "stand_bent": 2, "stand_staggered": 2, "stand_wide": 2, "kneel": 3, "splits": 8,
     "kneel_low": 2, "one_knee_just_off": 2, "one_knee_off": 2, "half_kneel": 2,
     "lotus": 4, "one_leg": 2, "one_leg_back": 2, "one_leg_low": 3, "one_leg_low_back": 2,
 }  # fmt: skip
@@ -576,6 +587,9 @@ def new_states(job: tuple[int, int]) -> States:
     return studio.develop(count)
 
 
+REACHED = 2000  # states of each checkpoint of an agent
+
+
 def agent_states(job: tuple[Path, int, int]) -> States:
     """What the agent of a checkpoint reaches, with its noise and without: a count, by a seed."""
     checkpoint, count, seed = job
@@ -602,6 +616,29 @@ def agent_states(job: tuple[Path, int, int]) -> States:
             if step % 5 == 4:
                 studio.shoot()
     return studio.develop(count)
+
+
+def adversary_states(args: Args, pool: multiprocessing.pool.Pool, seed: int) -> States:
+    """What agents reach that learn from the CLIP in the output folder, one for each task."""
+    line = [
+        sys.executable, HERE.parent / "sac_clip_humanoid.py", "--no-capture-video",
+        "--clip-model", args.output.resolve(), "--seed", seed, "--camera", args.camera,
+        "--textured" if args.textured else "--no-textured", "--frame-size", args.resolution,
+        "--total-timesteps", args.adversary_steps, "--final-episodes", 16,
+    ]  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        agents = [
+            subprocess.Popen([*map(str, line), "--task", task, "--exp-name", task], cwd=folder)
+            for task in args.adversaries
+        ]
+        if any([agent.wait() for agent in agents]):
+            sys.exit("--adversaries: an agent's training failed; it says why above")
+        runs = sorted(Path(folder).glob("runs/*"))
+        for run in runs:
+            print(run.name, json.loads((run / "report.json").read_text())["best"], flush=True)
+        paths = [run / name for run in runs for name in ("best.pt", "last.pt")]
+        jobs = [(path, REACHED, 1000 * seed + i) for i, path in enumerate(paths)]
+        return States(*run_jobs(pool, agent_states, jobs))
 
 
 def varied_states(job: tuple[np.ndarray, int]) -> States:
@@ -651,55 +688,62 @@ def run_jobs(pool: multiprocessing.pool.Pool, function, jobs: list) -> Iterable[
     return map(np.concatenate, zip(*pool.map(function, jobs, 1), strict=True))
 
 
-# What an agent may be asked for, and so what the search looks for.
-SOUGHT = [(s,) for s in dict.fromkeys(COMMON)] + [("standing", a) for a in ARMS]
-LINEAGES, GENERATIONS = 64, 8  # of the hill climb, per meaning
+# What the search looks for: states that are overrated (1) or underrated (-1) as what an agent may
+# be asked for.
+SOUGHT = [
+    (meaning, sign)
+    for meaning in [*((s,) for s in dict.fromkeys(COMMON)), *(("standing", a) for a in ARMS)]
+    for sign in (1, -1)
+]
+LINEAGES, GENERATIONS = 40, 8  # of the hill climb, for each of these
 
 
-def overrated_states(
+def misjudged_states(
     score: Callable[[np.ndarray, list[str]], np.ndarray],
     pool: multiprocessing.pool.Pool,
     known: States,
     rng: np.random.Generator,
 ) -> States:
-    """What a hill climb from the `known` states visits on its way to those that CLIP overrates.
+    """What a hill climb from the `known` states visits on its way to those that CLIP misjudges.
 
     `score(frames [n, H, W, 3], captions [c])` is the cosine [n, c]. It is put on the scale of the
     truth by its means over the true and over the other known states, and each lineage keeps of
-    parent and child the one whose score exceeds the truth by more.
+    parent and child the one whose score is farther above the truth, or below it.
     """
 
     def truth_of(meaning: tuple[str, ...], states: States) -> np.ndarray:
         return states.truths[:, [ATTRIBUTES.index(a) for a in meaning]].min(1)
 
-    captions = [caption(meaning, rng) for meaning in SOUGHT]
+    captions = [caption(meaning, rng) for meaning, _ in SOUGHT]
     scores = score(known.frames, captions)  # [n, c]
-    poses, excess, scale = [], [], []
-    for meaning, s in zip(SOUGHT, scores.T, strict=True):
+    poses, errors, scale = [], [], []
+    for (meaning, sign), s in zip(SOUGHT, scores.T, strict=True):
         truth = truth_of(meaning, known)
         zero, one = s[truth < 0.1].mean(), s[truth >= min(0.9, truth.max())].mean()
-        e = (s - zero) / (one - zero) - truth
+        e = sign * ((s - zero) / (one - zero) - truth)
         parents = rng.choice(np.argsort(-e)[: 6 * LINEAGES], LINEAGES, replace=False)
         poses.append(known.qpos[parents])
-        excess.append(e[parents])
+        errors.append(e[parents])
         scale.append((zero, one))
-    poses, excess = np.concatenate(poses), np.concatenate(excess)
-    before = excess.reshape(len(SOUGHT), -1).mean(1)
+    poses, errors = np.concatenate(poses), np.concatenate(errors)
+    before = errors.reshape(len(SOUGHT), -1).mean(1)
     visited = []
     for _ in range(GENERATIONS):
         jobs = [(part, int(rng.integers(2**31))) for part in np.array_split(poses, 8)]
         children = States(*run_jobs(pool, varied_states, jobs))
         scores = score(children.frames, captions)
-        for i, (meaning, (zero, one)) in enumerate(zip(SOUGHT, scale, strict=True)):
+        for i, ((meaning, sign), (zero, one)) in enumerate(zip(SOUGHT, scale, strict=True)):
             own = slice(i * LINEAGES, (i + 1) * LINEAGES)
-            e = (scores[own, i] - zero) / (one - zero) - truth_of(meaning, children)[own]
-            better = e > excess[own]
-            excess[own] = np.where(better, e, excess[own])
+            rating = (scores[own, i] - zero) / (one - zero)
+            e = sign * (rating - truth_of(meaning, children)[own])
+            better = e > errors[own]
+            errors[own] = np.where(better, e, errors[own])
             poses[own] = np.where(better[:, None], children.qpos[own], poses[own])
         visited.append(children)
-    after = excess.reshape(len(SOUGHT), -1).mean(1)
-    print("overrated by, before and after the climb:", ", ".join(
-        f"{' '.join(m)} {b:.2f} {a:.2f}" for m, b, a in zip(SOUGHT, before, after, strict=True)
+    after = errors.reshape(len(SOUGHT), -1).mean(1)
+    print("misjudged by, before and after the climb:", ", ".join(
+        f"{' '.join(meaning)} {sign * b:.2f} {sign * a:.2f}"
+        for (meaning, sign), b, a in zip(SOUGHT, before, after, strict=True)
     ), flush=True)  # fmt: skip
     return States(*map(np.concatenate, zip(*visited, strict=True)))
 
@@ -738,7 +782,7 @@ def main(args: Args) -> None:
     scripted = len(states.frames)
     if args.agents:
         agents = [run / name for run in args.agents for name in ("best.pt", "last.pt")]
-        agent_jobs = [(path, 2000, 1000 * args.seed + i) for i, path in enumerate(agents)]
+        agent_jobs = [(path, REACHED, 1000 * args.seed + i) for i, path in enumerate(agents)]
         reached = States(*run_jobs(pool, agent_states, agent_jobs))
         states = States(*map(np.concatenate, zip(states, reached, strict=True)))
     center, spread = states.points.mean((0, 1)), states.points.std((0, 1)) + 1e-3
@@ -841,7 +885,7 @@ def main(args: Args) -> None:
 
     def humanoid_part(size: int, count: int):
         index = rng.integers(len(states.frames), size=size)
-        if len(states.frames) > scripted:  # three quarters: what agents reached, or CLIP overrated
+        if len(states.frames) > scripted:  # three quarters: what agents reached, or CLIP misjudged
             visited = rng.integers(scripted, len(states.frames), size=size)
             index = np.where(rng.random(size) < 0.75, visited, index)
         for i in range(0, size, 2):  # half of it: a balanced choice of meanings
@@ -939,20 +983,27 @@ def main(args: Args) -> None:
         for group in optimizer.param_groups:
             group["lr"] = args.learning_rate * rate
         if searches < args.searches and progress > 0.15 + 0.7 * searches / args.searches:
+            paused = time.time()
+            if args.adversaries:
+                save(args.output, model, config, words)
+                reached = adversary_states(args, pool, 10 * args.seed + searches)
+                states = States(*map(np.concatenate, zip(states, reached, strict=True)))
             some = rng.integers(scripted, size=3000)
             recent = len(SOUGHT) * LINEAGES * GENERATIONS // 2
             known = np.append(some, np.arange(scripted, len(states.frames))[-recent:])
-            found = overrated_states(score, pool, States(*(v[known] for v in states)), rng)
+            found = misjudged_states(score, pool, States(*(v[known] for v in states)), rng)
             states = States(*map(np.concatenate, zip(states, found, strict=True)))
             true_of, searches = true_states(), searches + 1
+            start += time.time() - paused
         # One batch of both, so that a resnet's batch statistics are those it will be used with.
-        third, count = args.batch_size // 3, args.captions // len(heads)
-        parts = [humanoid_part(third if args.homes else args.batch_size, count)]
+        homes = round(args.home_share * args.batch_size) if args.homes else 0
+        mosaic, count = 3 * homes // 8, args.captions // len(heads)
+        parts = [humanoid_part(args.batch_size - homes, count)]
         images, targets = [parts[0][0]], [parts[0][1]]
         if args.homes:
-            part, unnamed = home_part(args.batch_size - third - args.batch_size // 4, count)
+            part, unnamed = home_part(homes - mosaic, count)
             parts.append(part)
-            mosaics, shown = mosaic_part(args.batch_size // 4)
+            mosaics, shown = mosaic_part(mosaic)
             images += [parts[1][0], mosaics]
             shown = np.concatenate([parts[1][1], shown])
             targets.append((np.sqrt(shown) - share_center) / share_spread)
