@@ -193,6 +193,20 @@ def test_frames_that_do_not_divide_into_cells_are_refused_in_one_line():
         train_tiny_clip.main(train_tiny_clip.Args(homes=100, resolution=100))
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"home_share": 1.0}, "--home-share 1.0"),
+        ({"adversaries": ("splits", "split")}, "--adversaries split: choose from kneeling"),
+        ({"adversaries": ("splits",), "searches": 0}, "--searches 0"),
+        ({"adversaries": ("splits",), "adversary_steps": 5000}, "--adversary-steps 5000"),
+    ],
+)
+def test_bad_flags_are_refused_in_one_line_before_any_rendering(flags, message):
+    with pytest.raises(SystemExit, match=message):
+        train_tiny_clip.main(train_tiny_clip.Args(**flags))
+
+
 def test_close_ups_show_their_toy():
     shares = np.zeros((2, len(COLOURS) + len(KINDS) + 3, CELLS, CELLS), np.float32)
     shares[1, len(COLOURS) + 2, 4:6, 6:9] = 0.5  # a duck at the right edge
@@ -329,6 +343,11 @@ def test_the_search_climbs_towards_states_that_are_misjudged(monkeypatch, capsys
     before, after = signs * np.array(numbers).reshape(-1, 2).T
     assert (after >= before).all() and (after > before + 0.02).mean() > 0.5
     assert len(found.frames) == len(train_tiny_clip.SOUGHT) * 8 * 3
+    truths = found.truths.reshape(3, -1, 8, len(ATTRIBUTES))  # [generation, sought, lineage, A]
+    of = [truths[:, i, :, [ATTRIBUTES.index(a) for a in meaning]].min(0).mean()
+          for i, (meaning, _) in enumerate(train_tiny_clip.SOUGHT)]  # fmt: skip
+    overrated, underrated = np.reshape(of, (-1, 2)).T
+    assert underrated.sum() > 3 * overrated.sum()  # true ones, and false ones
     env = train_tiny_clip.studio.env
     for i in range(0, len(found.frames), 40):  # what it says of a state is true of it
         env.set_state(found.qpos[i], np.zeros(env.model.nv))

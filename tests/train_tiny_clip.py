@@ -56,8 +56,8 @@ class Args:
     begin as the identity; any other image tower starts anew, and imitates its own at first where it
     sees the humanoid"""
     minutes: float = 42.0
-    """length of the training itself, without rendering, searches and adversaries; the learning rate
-    decays to its end"""
+    """length of the training itself, after the rendering and without the adversaries; the learning
+    rate decays to its end"""
     steps: int | None = None
     """its length in steps instead, so that it is the same on every machine"""
     states: int = 90_000
@@ -708,7 +708,8 @@ def misjudged_states(
 
     `score(frames [n, H, W, 3], captions [c])` is the cosine [n, c]. It is put on the scale of the
     truth by its means over the true and over the other known states, and each lineage keeps of
-    parent and child the one whose score is farther above the truth, or below it.
+    parent and child the one whose score is farther above the truth, or below it. Below 0 it counts
+    as 0: that something false is rated as very false misleads nobody.
     """
 
     def truth_of(meaning: tuple[str, ...], states: States) -> np.ndarray:
@@ -720,7 +721,7 @@ def misjudged_states(
     for (meaning, sign), s in zip(SOUGHT, scores.T, strict=True):
         truth = truth_of(meaning, known)
         zero, one = s[truth < 0.1].mean(), s[truth >= min(0.9, truth.max())].mean()
-        e = sign * ((s - zero) / (one - zero) - truth)
+        e = sign * (np.maximum((s - zero) / (one - zero), 0) - truth)
         parents = rng.choice(np.argsort(-e)[: 6 * LINEAGES], LINEAGES, replace=False)
         poses.append(known.qpos[parents])
         errors.append(e[parents])
@@ -734,7 +735,7 @@ def misjudged_states(
         scores = score(children.frames, captions)
         for i, ((meaning, sign), (zero, one)) in enumerate(zip(SOUGHT, scale, strict=True)):
             own = slice(i * LINEAGES, (i + 1) * LINEAGES)
-            rating = (scores[own, i] - zero) / (one - zero)
+            rating = np.maximum((scores[own, i] - zero) / (one - zero), 0)
             e = sign * (rating - truth_of(meaning, children)[own])
             better = e > errors[own]
             errors[own] = np.where(better, e, errors[own])
@@ -769,6 +770,14 @@ def main(args: Args) -> None:
         sys.exit(f"--resolution {args.resolution}: with --homes take a multiple of 9, as 144")
     if args.steps is not None and args.steps < 1:
         sys.exit(f"--steps {args.steps}: must be at least 1")
+    if not 0 < args.home_share < 1:
+        sys.exit(f"--home-share {args.home_share}: must lie between 0 and 1")
+    if unknown := [task for task in args.adversaries if task not in PROMPTS]:
+        sys.exit(f"--adversaries {unknown[0]}: choose from {', '.join(PROMPTS)}")
+    if args.adversaries and not args.searches:
+        sys.exit("--searches 0: adversaries come with a search; take 1 or more")
+    if args.adversaries and args.adversary_steps <= 5000:  # the script's --learning-starts
+        sys.exit(f"--adversary-steps {args.adversary_steps}: learning starts at 5000; take more")
     rng = np.random.default_rng(args.seed)
     torch.manual_seed(args.seed)
     start = time.time()
@@ -983,18 +992,18 @@ def main(args: Args) -> None:
         for group in optimizer.param_groups:
             group["lr"] = args.learning_rate * rate
         if searches < args.searches and progress > 0.15 + 0.7 * searches / args.searches:
-            paused = time.time()
             if args.adversaries:
+                paused = time.time()
                 save(args.output, model, config, words)
                 reached = adversary_states(args, pool, 10 * args.seed + searches)
                 states = States(*map(np.concatenate, zip(states, reached, strict=True)))
+                start += time.time() - paused
             some = rng.integers(scripted, size=3000)
             recent = len(SOUGHT) * LINEAGES * GENERATIONS // 2
             known = np.append(some, np.arange(scripted, len(states.frames))[-recent:])
             found = misjudged_states(score, pool, States(*(v[known] for v in states)), rng)
             states = States(*map(np.concatenate, zip(states, found, strict=True)))
             true_of, searches = true_states(), searches + 1
-            start += time.time() - paused
         # One batch of both, so that a resnet's batch statistics are those it will be used with.
         homes = round(args.home_share * args.batch_size) if args.homes else 0
         mosaic, count = 3 * homes // 8, args.captions // len(heads)
