@@ -307,7 +307,7 @@ def test_what_an_agent_reaches_is_photographed(goals, tmp_path):
 def test_adversaries_learn_from_the_clip_and_show_what_they_reach(tmp_path, monkeypatch, capsys):
     few = "--num-envs 2 --learning-starts 0 --eval-every 200 --checkpoint-every 200"
     popen = train_tiny_clip.subprocess.Popen
-    monkeypatch.setattr(train_tiny_clip, "REACHED", 50)
+    monkeypatch.setattr(train_tiny_clip, "PER_AGENT", 50)
     monkeypatch.setattr(
         train_tiny_clip.subprocess,
         "Popen",
@@ -323,6 +323,34 @@ def test_adversaries_learn_from_the_clip_and_show_what_they_reach(tmp_path, monk
     args.adversary_steps = 0
     with pytest.raises(SystemExit, match="--adversaries"):
         train_tiny_clip.adversary_states(args, HerePool(), 0)
+
+
+def test_no_adversary_outlives_the_program(monkeypatch):
+    popen, agents = train_tiny_clip.subprocess.Popen, []
+
+    class Agent(popen):
+        def __init__(self, line, **options):
+            super().__init__([*line, "--num-envs", "2"], **options)
+            agents.append(self)
+            self.wait, self.end = self.stop, self.wait
+
+        def stop(self):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_tiny_clip.subprocess, "Popen", Agent)
+    args = train_tiny_clip.Args(output=FOLDER, adversaries=("splits", "lotus"))
+    with pytest.raises(KeyboardInterrupt):
+        train_tiny_clip.adversary_states(args, HerePool(), 0)
+    assert len(agents) == 2 and all(agent.end(timeout=60) != 0 for agent in agents)
+
+
+def test_what_is_visited_is_drawn_more_often_however_rare_it_is():
+    p = train_tiny_clip.chances(np.repeat([0, 1, 2], [800, 10, 190]))
+    np.testing.assert_allclose(
+        [p[:800].sum(), p[800:810].sum(), p[810:].sum()], [0.25, 0.375, 0.375]
+    )
+    np.testing.assert_allclose(train_tiny_clip.chances(np.repeat([0, 2], [6, 4])).sum(), 1)
+    np.testing.assert_allclose(train_tiny_clip.chances(np.zeros(4, int)), 0.25)
 
 
 def test_the_search_climbs_towards_states_that_are_misjudged(monkeypatch, capsys):

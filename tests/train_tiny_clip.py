@@ -19,6 +19,7 @@ import json
 import math
 import multiprocessing.pool
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -587,7 +588,7 @@ def new_states(job: tuple[int, int]) -> States:
     return studio.develop(count)
 
 
-REACHED = 2000  # states of each checkpoint of an agent
+PER_AGENT = 2000  # states of each checkpoint
 
 
 def agent_states(job: tuple[Path, int, int]) -> States:
@@ -631,13 +632,18 @@ def adversary_states(args: Args, pool: multiprocessing.pool.Pool, seed: int) -> 
             subprocess.Popen([*map(str, line), "--task", task, "--exp-name", task], cwd=folder)
             for task in args.adversaries
         ]
-        if any([agent.wait() for agent in agents]):
+        try:
+            failed = any([agent.wait() for agent in agents])
+        finally:  # none goes on when this program is stopped
+            for agent in agents:
+                agent.terminate()
+        if failed:
             sys.exit("--adversaries: an agent's training failed; it says why above")
         runs = sorted(Path(folder).glob("runs/*"))
         for run in runs:
             print(run.name, json.loads((run / "report.json").read_text())["best"], flush=True)
         paths = [run / name for run in runs for name in ("best.pt", "last.pt")]
-        jobs = [(path, REACHED, 1000 * seed + i) for i, path in enumerate(paths)]
+        jobs = [(path, PER_AGENT, 1000 * seed + i) for i, path in enumerate(paths)]
         return States(*run_jobs(pool, agent_states, jobs))
 
 
@@ -653,6 +659,16 @@ def varied_states(job: tuple[np.ndarray, int]) -> States:
 
 
 # ---- Training -----------------------------------------------------------------------------------
+
+SCRIPTED, REACHED, MISJUDGED = range(3)  # where a state comes from: scripts, an agent, a search
+
+
+def chances(origin: np.ndarray) -> np.ndarray:
+    """Of each state [n] to be drawn: a quarter for all that are scripted, and three eighths each
+    for what agents reached and what CLIP misjudged, however many they are; less of what is not."""
+    count = np.bincount(origin, minlength=3)
+    share = np.where(count > 0, (2, 3, 3), 0)
+    return (share / count.clip(1) / share.sum())[origin]
 
 
 def sample_meanings(truth: np.ndarray, count: int, rng: np.random.Generator) -> list[tuple]:
@@ -789,11 +805,17 @@ def main(args: Args) -> None:
 
     states = States(*run_jobs(pool, new_states, jobs(args.states)))
     scripted = len(states.frames)
+    origin = np.full(scripted, SCRIPTED)
+
+    def add(new: States, kind: int) -> None:
+        nonlocal states, origin
+        states = States(*map(np.concatenate, zip(states, new, strict=True)))
+        origin = np.append(origin, np.full(len(new.frames), kind))
+
     if args.agents:
         agents = [run / name for run in args.agents for name in ("best.pt", "last.pt")]
-        agent_jobs = [(path, REACHED, 1000 * args.seed + i) for i, path in enumerate(agents)]
-        reached = States(*run_jobs(pool, agent_states, agent_jobs))
-        states = States(*map(np.concatenate, zip(states, reached, strict=True)))
+        agent_jobs = [(path, PER_AGENT, 1000 * args.seed + i) for i, path in enumerate(agents)]
+        add(States(*run_jobs(pool, agent_states, agent_jobs)), REACHED)
     center, spread = states.points.mean((0, 1)), states.points.std((0, 1)) + 1e-3
     print(f"{scripted} states in {time.time() - start:.0f} s; mean truth of each attribute:")
     print({a: round(float(m), 3) for a, m in zip(ATTRIBUTES, states.truths.mean(0), strict=True)})
@@ -893,10 +915,7 @@ def main(args: Args) -> None:
     # true each caption is of each image [B, C].
 
     def humanoid_part(size: int, count: int):
-        index = rng.integers(len(states.frames), size=size)
-        if len(states.frames) > scripted:  # three quarters: what agents reached, or CLIP misjudged
-            visited = rng.integers(scripted, len(states.frames), size=size)
-            index = np.where(rng.random(size) < 0.75, visited, index)
+        index = rng.choice(len(origin), size, p=chances(origin))
         for i in range(0, size, 2):  # half of it: a balanced choice of meanings
             index[i] = rng.choice(true_of[rng.integers(len(true_of))])
         image = prepare(states.frames[index])
@@ -995,14 +1014,12 @@ def main(args: Args) -> None:
             if args.adversaries:
                 paused = time.time()
                 save(args.output, model, config, words)
-                reached = adversary_states(args, pool, 10 * args.seed + searches)
-                states = States(*map(np.concatenate, zip(states, reached, strict=True)))
+                add(adversary_states(args, pool, 10 * args.seed + searches), REACHED)
                 start += time.time() - paused
             some = rng.integers(scripted, size=3000)
             recent = len(SOUGHT) * LINEAGES * GENERATIONS // 2
             known = np.append(some, np.arange(scripted, len(states.frames))[-recent:])
-            found = misjudged_states(score, pool, States(*(v[known] for v in states)), rng)
-            states = States(*map(np.concatenate, zip(states, found, strict=True)))
+            add(misjudged_states(score, pool, States(*(v[known] for v in states)), rng), MISJUDGED)
             true_of, searches = true_states(), searches + 1
         # One batch of both, so that a resnet's batch statistics are those it will be used with.
         homes = round(args.home_share * args.batch_size) if args.homes else 0
@@ -1121,4 +1138,5 @@ def save(folder: Path, model: torch.nn.Module, config: dict, words: set[str]) ->
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: agents end too
     main(tyro.cli(Args))
