@@ -76,22 +76,52 @@ def kneeling(load: Callable[[str], dict]) -> plt.Figure:
     return figure
 
 
-def poses(load: Callable[[str], dict]) -> plt.Figure:
-    """Success of the best checkpoint in each pose, beside the paper's."""
-    ours = [
-        [100 * run["report"]["best"]["success_rate"] for run in load(task)["runs"]]
-        for task in PAPER
-    ]
+def pose_bars(groups: dict[str, list[list[float]]], first: str) -> plt.Figure:
+    """For each label the success rates in % of each pose's seeds: their mean, and dots; the bars of
+    the `first` label are gray."""
     figure, axis = plt.subplots(figsize=(9, 3.5))
-    x = np.arange(len(PAPER))
-    axis.bar(x - 0.2, PAPER.values(), 0.38, color="lightgray", label="paper (ViT-bigG-14)")
-    axis.bar(x + 0.2, [np.mean(rates) for rates in ours], 0.38, label="ours (bundled CLIP)")
-    for i, rates in enumerate(ours):
-        axis.plot([i + 0.2] * len(rates), rates, "k.", ms=4)  # each seed
+    x, width = np.arange(len(PAPER)), 0.8 / len(groups)
+    for i, (label, rates) in enumerate(groups.items()):
+        color = "lightgray" if label == first else f"C{i - 1}"
+        at = x + (i - (len(groups) - 1) / 2) * width
+        axis.bar(at, [np.mean(each) for each in rates], 0.95 * width, color=color, label=label)
+        for position, each in zip(at, rates, strict=True):
+            if len(each) > 1:
+                axis.plot([position] * len(each), each, "k.", ms=4)
     axis.set_xticks(x, [task.replace("_", "\n") for task in PAPER])
     axis.set_ylabel("success rate / %")
     axis.legend()
     return figure
+
+
+def best_of_own(load: Callable[[str], dict]) -> list[list[float]]:
+    """Success in % of the best checkpoint of each seed, for the agents of each pose alone."""
+    return [
+        [100 * run["report"]["best"]["success_rate"] for run in load(task)["runs"]]
+        for task in PAPER
+    ]
+
+
+def poses(load: Callable[[str], dict]) -> plt.Figure:
+    """Success of the best checkpoint in each pose, beside the paper's."""
+    paper = "paper (ViT-bigG-14)"
+    groups = {paper: [[rate] for rate in PAPER.values()], "ours (bundled CLIP)": best_of_own(load)}
+    return pose_bars(groups, paper)
+
+
+def all_tasks(load: Callable[[str], dict]) -> plt.Figure:
+    """One agent for eight sentences, beside eight that have one each."""
+    own = "eight agents, best"
+    groups = {own: best_of_own(load)}
+    for agent in ("best", "last"):
+        groups[f"--task all, {agent}"] = [
+            [
+                100 * run["report"][agent][f"success_rate_{task}"]
+                for run in load("all_tasks")["runs"]
+            ]
+            for task in PAPER
+        ]
+    return pose_bars(groups, own)
 
 
 def learning(load: Callable[[str], dict]) -> plt.Figure:
@@ -222,7 +252,7 @@ def animation(videos: list[Path], path: Path, every: int) -> None:
     imageio.mimwrite(path, frames, duration=120, loop=0)  # ms
 
 
-FIGURES = [kneeling, poses, learning, playhouse, precision_recall, epic, scaling, looks]
+FIGURES = [kneeling, poses, learning, all_tasks, playhouse, precision_recall, epic, scaling, looks]
 
 
 def main(args: Args) -> None:

@@ -26,13 +26,15 @@ def test_figures_are_drawn_from_what_is_there(tmp_path, capsys):
     args = plot_results.Args(tmp_path, runs=tmp_path)
     plot_results.main(args)
     assert not list(tmp_path.glob("*.png"))
-    assert capsys.readouterr().out.count("first python tests/reproduce.py") == 8
+    assert capsys.readouterr().out.count("first python tests/reproduce.py") == 9
 
     for name in ("playhouse", "playhouse_relabel"):
         write(name, {"runs": [run(0.5), run(0.9)]})
     write("no_layer_norm", {"runs": [run(0.7)]})
     for task in plot_results.PAPER:
         write(task, {"runs": [run(0.8), run(1.0)] if task == "kneeling" else [run(0.9)]})
+    of_each = {f"success_rate_{task}": 0.5 for task in plot_results.PAPER}
+    write("all_tasks", {"runs": [{"report": {"best": of_each, "last": of_each}}]})
     alphas = {alpha: {"auc": 0.9, "epic": 0.2} for alpha in ("0", "0.5")}
     tasks = dict.fromkeys(plot_results.PAPER, alphas)
     write("clip_accuracy", {"tasks": tasks, "mean": alphas})
