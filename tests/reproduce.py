@@ -81,6 +81,11 @@ EXPERIMENTS = {
         4.5,
         1,
     ),
+    "unseen_prompts": Experiment(
+        "its agent, told sentences that it was not trained for",
+        f"python tests/unseen_prompts.py {RUNS}/all_tasks/1/runs/*",
+        0.1,
+    ),
     "no_layer_norm": Experiment(
         "kneeling without layer norm in the critics", f"{SAC} --no-layer-norm", 1.2, 1
     ),
@@ -141,7 +146,8 @@ class Args:
 
 
 def command_line(command: str, runs: Path) -> list[str | Path]:
-    """What to start for a command; the CLIPs that it names are trained first."""
+    """What to start for a command; the CLIPs that it names are trained first, and a run that it
+    names must be there."""
     _, script, *words = shlex.split(command)
     for i, word in enumerate(words):
         if word.startswith(f"{RUNS}/clips/"):
@@ -152,6 +158,13 @@ def command_line(command: str, runs: Path) -> list[str | Path]:
                 line = [HERE / "train_tiny_clip.py", *shlex.split(CLIPS[folder.name])]
                 subprocess.run([sys.executable, *line, "--output", part], check=True)
                 part.rename(folder)
+        elif word.startswith(f"{RUNS}/"):
+            name = word.removeprefix(f"{RUNS}/")
+            found = sorted(runs.resolve().glob(name))
+            if not found:
+                first = f"python tests/reproduce.py {Path(name).parts[0]}"
+                sys.exit(f"{word}: no such run, which {script} is about; first {first}")
+            words[i] = str(found[-1])
     return [sys.executable, HERE.parent / script, *words]
 
 

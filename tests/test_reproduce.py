@@ -17,6 +17,7 @@ import clip_accuracy
 import home_accuracy
 import train_tiny_clip
 import tyro
+import unseen_prompts
 from test_sac_clip_humanoid import SMALL
 from whole_runs import kill_after_a_checkpoint
 
@@ -137,8 +138,20 @@ def test_a_clip_that_an_experiment_names_is_trained_once(tmp_path, monkeypatch):
     assert started == [[*line, "--output", str(tmp_path / "clips" / "w4.part")]] * 2
 
 
+def test_a_run_that_an_experiment_is_about_is_found(tmp_path):
+    command = reproduce.EXPERIMENTS["unseen_prompts"].command
+    with pytest.raises(SystemExit, match="first python tests/reproduce.py all_tasks"):
+        reproduce.command_line(command, tmp_path)
+    run = tmp_path / "all_tasks" / "1" / "runs" / "HumanoidCLIP-v0__1"
+    run.mkdir(parents=True)
+    assert reproduce.command_line(command, tmp_path)[2:] == [str(run)]
+
+
 def test_every_command_is_one_that_its_program_takes():
-    modules = sac_clip_humanoid, dqn_clip_playhouse, clip_accuracy, home_accuracy, benchmark
+    modules = (
+        sac_clip_humanoid, dqn_clip_playhouse, clip_accuracy, home_accuracy, benchmark,
+        unseen_prompts,
+    )  # fmt: skip
     programs = {module.__name__: module for module in modules}
     for experiment in reproduce.EXPERIMENTS.values():
         _, script, *words = shlex.split(experiment.command)

@@ -15,7 +15,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 import sac_clip_humanoid as sac  # first: it puts torch before the first GL context
 
@@ -121,8 +121,9 @@ def main(args: Args) -> dict:
 
     means, _ = sac.evaluate(envs, policy, None, list(tasks), args.episodes, (args.seed,), settings)
     envs.close()
+    command = shlex.join(["python", "tests/unseen_prompts.py", *sys.argv[1:]])
     result = {
-        "command": shlex.join(["python", "tests/unseen_prompts.py", *sys.argv[1:]]),
+        "command": command.replace(f"{HERE.parent}/", ""),
         "episodes": args.episodes,
         "step": state["step"],
         "success_rate": {
