@@ -10,9 +10,10 @@ moment misjudges, and what it visits is added to the training states; so is what
 are trained on the CLIP of that moment (`--adversaries`), or were on an earlier one (`--start` and
 `--agents`). Every image gets a graded truth in [0, 1] for each attribute (a stance, or what the
 arms do), measured on the body's geometry in this file and never with the `TASKS` predicates, which
-mark the agents. A caption is a conjunction of attributes in random words, and its truth the
-smallest of theirs, so the loss knows for every image of a batch and every caption of it whether
-they match.
+mark the agents; and the progress towards it, as a truth is 0 nearly everywhere. A caption is a
+conjunction of attributes in random words, and its truth the smallest of theirs, so the loss knows
+for every image of a batch and every caption of it whether they match. The cosine, which an agent
+will climb, is to follow the progress in proportion.
 """
 
 import json
@@ -380,16 +381,34 @@ def random_walk(env: HumanoidEnv, steps: int, rng: np.random.Generator):
         yield
 
 
-def soft(x: float, zero: float, one: float) -> float:
-    """A ramp from 0 at `zero` to 1 at `one`."""
-    return float(np.clip((x - zero) / (one - zero), 0, 1))
+class Ramp(NamedTuple):
+    """Of a number x: 0 where it is `zero` or beyond, 1 where it is `one` or beyond."""
+
+    x: float
+    zero: float
+    one: float
 
 
-def describe(env: HumanoidEnv) -> dict[str, float]:
-    """The truth in [0, 1] of every attribute, by the body's geometry.
+WIDTHS = np.array([[1], [4], [16]])  # of the ramps on the way to an attribute, in their own
 
-    It goes on rising well inside each attribute. A truth that were full at the first touch would
-    give an agent nothing to hold on to there, and noise would carry it out again.
+
+def graded(ramps: list[Ramp]) -> tuple[float, float]:
+    """The truth of an attribute in [0, 1], the lowest of its ramps, and the progress towards it.
+
+    The truth is 0 nearly everywhere, and shows an agent no way. So progress has ramps that begin
+    farther out too, and credits each of them; it is 1 where the truth is, and there alone.
+    """
+    x, zero, one = np.array(ramps).T
+    levels = np.clip(1 + (x - one) / ((one - zero) * WIDTHS), 0, 1)  # [3, R]
+    way = levels.mean(0)
+    return float(levels[0].min()), float(way.min() + way.mean()) / 2
+
+
+def conditions(env: HumanoidEnv) -> dict[str, list[Ramp]]:
+    """What every attribute asks of the body's geometry.
+
+    The ramps go on rising well inside each attribute. A truth that were full at the first touch
+    would give an agent nothing to hold on to there, and noise would carry it out again.
     """
     p = env.pose()
     seat, knees, feet = (float(np.max(p.clearance[name])) for name in ("seat", "knees", "feet"))
@@ -400,111 +419,116 @@ def describe(env: HumanoidEnv) -> dict[str, float]:
         low, high = supports[:, :2].min(0), supports[:, :2].max(0)
         return float(np.max([low - p.com[:2], p.com[:2] - high]))
 
-    tall = min(soft(p.upright, 0.75, 0.95), soft(p.chest_height, 1.02, 1.2))
+    tall = [Ramp(p.upright, 0.75, 0.95), Ramp(p.chest_height, 1.02, 1.2)]
+    lying = [Ramp(abs(p.upright), 0.6, 0.4), Ramp(p.chest_height, 0.4, 0.3)]
     standing_foot = p.feet[np.argmin(p.clearance["feet"])][None]
     shins = p.feet - p.knees
     knee_gap, foot_gap = np.abs(p.knees[1, 1] - p.knees[0, 1]), np.abs(p.feet[1, 1] - p.feet[0, 1])
     knee_order = np.argsort(p.clearance["knees"])  # lower one first
     flexion = np.rad2deg(p.knee_flexion)
     from_hips = np.linalg.norm(p.hands - [[0, -0.17, -0.33], [0, 0.17, -0.33]], axis=1)
-    truth = {
-        "standing": min(tall, soft(feet, 0.05, 0.012), soft(lies_outside(p.feet), 0.16, 0.05)),
-        "one_leg": min(
-            tall,
-            soft(float(np.min(p.clearance["feet"])), 0.05, 0.012),
-            soft(feet, 0.02, 0.1),
-            soft(lies_outside(standing_foot), 0.16, 0.05),
-        ),
-        "kneeling": min(
-            soft(knees, 0.05, 0.012),
-            soft(flexion.min(), 45, 75),
-            soft(float((-shins[:, 0] - np.abs(shins[:, 1])).min()), -0.08, 0.16),
-            soft(p.knees[1, 1] - p.knees[0, 1], 0.6, 0.4),
-            soft(p.upright, 0.6, 0.85),
-            soft(lies_outside(np.concatenate([p.knees, p.feet])), 0.16, 0.05),
-        ),
-        "lotus": min(
-            soft(seat, 0.25, 0.16),
-            soft(knees, 0.05, 0.012),
-            soft(flexion.min(), 85, 115),
-            soft(p.knees[1, 1] - p.knees[0, 1], 0.4, 0.58),
-            soft(foot_gap / max(knee_gap, 0.01), 0.7, 0.5),
-            soft(p.upright, 0.4, 0.65),
-        ),
-        "splits": min(
-            soft(max(seat, feet), 0.06, 0.012),
-            soft(flexion.max(), 40, 18),
-            soft(p.feet[1, 1] - p.feet[0, 1], 1.05, 1.3),
-            soft(float((np.abs(p.feet[:, 1]) - np.abs(p.feet[:, 0])).min()), -0.1, 0.15),
-            soft(p.upright, 0.4, 0.65),
-        ),
-        "half_kneeling": min(
-            soft(float(p.clearance["knees"][knee_order[0]]), 0.06, 0.03),
-            soft(float(p.clearance["feet"][knee_order[1]]), 0.06, 0.03),
-            soft(float(p.clearance["knees"][knee_order[1]]), 0.08, 0.15),
-            soft(p.upright, 0.6, 0.75),
-            soft(p.chest_height, 0.6, 0.75),
-        ),
-        "crouching": min(
-            soft(feet, 0.06, 0.03),
-            soft(float(np.min(p.clearance["knees"])), 0.06, 0.12),
-            soft(p.chest_height, 1.12, 1.0),
-            soft(seat, 0.04, 0.1),
-            soft(p.upright, 0.4, 0.6),
-        ),
-        "sitting": min(
-            soft(seat, 0.08, 0.04),
-            soft(float(p.feet[:, 0].min()), 0.35, 0.5),
-            soft(flexion.max(), 60, 40),
-            soft(p.upright, 0.4, 0.55),
-            soft(foot_gap, 1.1, 0.9),
-        ),
-        "seated": min(soft(seat, 0.25, 0.18), soft(p.upright, 0.4, 0.55)),
-        "all_fours": min(
-            soft(knees, 0.08, 0.04),
-            soft(float(hands.max()), 0.2, 0.1),
-            soft(abs(p.upright - 0.1), 0.6, 0.4),
-            soft(seat, 0.1, 0.2),
-        ),
-        "lying": min(soft(abs(p.upright), 0.6, 0.4), soft(p.chest_height, 0.4, 0.3)),
-        "in_the_air": soft(lowest_point(env), 0.05, 0.1),
-        "falling": min(
-            soft(p.upright, 0.75, 0.6),
-            soft(p.chest_height, 0.5, 0.65),
-            soft(min(knees, seat), 0.03, 0.08),
-        ),
-        "raised": soft(float(p.hands_above_head.min()), -0.05, 0.07),
-        "one_raised": min(
-            soft(float(p.hands_above_head.max()), -0.05, 0.07),
-            soft(float(p.hands_above_head.min()), -0.02, -0.09),
-        ),
-        "on_hips": min(
-            soft(float(from_hips.max()), 0.18, 0.1),
-            soft(float((np.abs(p.elbows[:, 1]) - np.abs(p.hands[:, 1])).min()), -0.02, 0.04),
-        ),
-        "crossed": min(
-            soft(p.hands[0, 1] - p.hands[1, 1], 0.05, 0.17),
-            soft(p.elbows[1, 1] - p.elbows[0, 1], -0.04, 0.06),
-            soft(float(p.hands[:, 0].min()), 0.05, 0.15),
-            soft(float(np.abs(p.hands[:, 2]).max()), 0.34, 0.22),
-        ),
-        "spread": min(
-            soft(float(np.abs(p.hands[:, 1]).min()), 0.4, 0.5),
-            soft(float(np.abs(p.hands[:, 2]).max()), 0.4, 0.25),
-        ),
-        "in_front": min(
-            soft(float(p.hands[:, 0].min()), 0.2, 0.3),
-            soft(float(np.abs(p.hands[:, 2]).max()), 0.4, 0.25),
-            soft(p.hands[1, 1] - p.hands[0, 1], 0.06, 0.12),
-        ),
-        "hanging": min(
-            soft(float(p.hands[:, 2].max()), -0.1, -0.25),
-            soft(float(from_hips.min()), 0.12, 0.18),
-        ),
-    }  # fmt: skip
-    truth["lying_on_back"] = min(truth["lying"], soft(chest_up, 0.2, 0.5))
-    truth["lying_on_front"] = min(truth["lying"], soft(chest_up, -0.2, -0.5))
-    return truth
+    return {
+        "standing": [*tall, Ramp(feet, 0.05, 0.012), Ramp(lies_outside(p.feet), 0.16, 0.05)],
+        "one_leg": [
+            *tall,
+            Ramp(np.min(p.clearance["feet"]), 0.05, 0.012),
+            Ramp(feet, 0.02, 0.1),
+            Ramp(lies_outside(standing_foot), 0.16, 0.05),
+        ],
+        "kneeling": [
+            Ramp(knees, 0.05, 0.012),
+            Ramp(flexion.min(), 45, 75),
+            Ramp((-shins[:, 0] - np.abs(shins[:, 1])).min(), -0.08, 0.16),
+            Ramp(p.knees[1, 1] - p.knees[0, 1], 0.6, 0.4),
+            Ramp(p.upright, 0.6, 0.85),
+            Ramp(lies_outside(np.concatenate([p.knees, p.feet])), 0.16, 0.05),
+        ],
+        "lotus": [
+            Ramp(seat, 0.25, 0.16),
+            Ramp(knees, 0.05, 0.012),
+            Ramp(flexion.min(), 85, 115),
+            Ramp(p.knees[1, 1] - p.knees[0, 1], 0.4, 0.58),
+            Ramp(foot_gap / max(knee_gap, 0.01), 0.7, 0.5),
+            Ramp(p.upright, 0.4, 0.65),
+        ],
+        "splits": [
+            Ramp(max(seat, feet), 0.06, 0.012),
+            Ramp(flexion.max(), 40, 18),
+            Ramp(p.feet[1, 1] - p.feet[0, 1], 1.05, 1.3),
+            Ramp((np.abs(p.feet[:, 1]) - np.abs(p.feet[:, 0])).min(), -0.1, 0.15),
+            Ramp(p.upright, 0.4, 0.65),
+        ],
+        "half_kneeling": [
+            Ramp(p.clearance["knees"][knee_order[0]], 0.06, 0.03),
+            Ramp(p.clearance["feet"][knee_order[1]], 0.06, 0.03),
+            Ramp(p.clearance["knees"][knee_order[1]], 0.08, 0.15),
+            Ramp(p.upright, 0.6, 0.75),
+            Ramp(p.chest_height, 0.6, 0.75),
+        ],
+        "crouching": [
+            Ramp(feet, 0.06, 0.03),
+            Ramp(np.min(p.clearance["knees"]), 0.06, 0.12),
+            Ramp(p.chest_height, 1.12, 1.0),
+            Ramp(seat, 0.04, 0.1),
+            Ramp(p.upright, 0.4, 0.6),
+        ],
+        "sitting": [
+            Ramp(seat, 0.08, 0.04),
+            Ramp(p.feet[:, 0].min(), 0.35, 0.5),
+            Ramp(flexion.max(), 60, 40),
+            Ramp(p.upright, 0.4, 0.55),
+            Ramp(foot_gap, 1.1, 0.9),
+        ],
+        "seated": [Ramp(seat, 0.25, 0.18), Ramp(p.upright, 0.4, 0.55)],
+        "all_fours": [
+            Ramp(knees, 0.08, 0.04),
+            Ramp(hands.max(), 0.2, 0.1),
+            Ramp(abs(p.upright - 0.1), 0.6, 0.4),
+            Ramp(seat, 0.1, 0.2),
+        ],
+        "lying": lying,
+        "lying_on_back": [*lying, Ramp(chest_up, 0.2, 0.5)],
+        "lying_on_front": [*lying, Ramp(chest_up, -0.2, -0.5)],
+        "in_the_air": [Ramp(lowest_point(env), 0.05, 0.1)],
+        "falling": [
+            Ramp(p.upright, 0.75, 0.6),
+            Ramp(p.chest_height, 0.5, 0.65),
+            Ramp(min(knees, seat), 0.03, 0.08),
+        ],
+        "raised": [Ramp(p.hands_above_head.min(), -0.05, 0.07)],
+        "one_raised": [
+            Ramp(p.hands_above_head.max(), -0.05, 0.07),
+            Ramp(p.hands_above_head.min(), -0.02, -0.09),
+        ],
+        "on_hips": [
+            Ramp(from_hips.max(), 0.18, 0.1),
+            Ramp((np.abs(p.elbows[:, 1]) - np.abs(p.hands[:, 1])).min(), -0.02, 0.04),
+        ],
+        "crossed": [
+            Ramp(p.hands[0, 1] - p.hands[1, 1], 0.05, 0.17),
+            Ramp(p.elbows[1, 1] - p.elbows[0, 1], -0.04, 0.06),
+            Ramp(p.hands[:, 0].min(), 0.05, 0.15),
+            Ramp(np.abs(p.hands[:, 2]).max(), 0.34, 0.22),
+        ],
+        "spread": [
+            Ramp(np.abs(p.hands[:, 1]).min(), 0.4, 0.5),
+            Ramp(np.abs(p.hands[:, 2]).max(), 0.4, 0.25),
+        ],
+        "in_front": [
+            Ramp(p.hands[:, 0].min(), 0.2, 0.3),
+            Ramp(np.abs(p.hands[:, 2]).max(), 0.4, 0.25),
+            Ramp(p.hands[1, 1] - p.hands[0, 1], 0.06, 0.12),
+        ],
+        "hanging": [
+            Ramp(p.hands[:, 2].max(), -0.1, -0.25),
+            Ramp(from_hips.min(), 0.12, 0.18),
+        ],
+    }
+
+
+def describe(env: HumanoidEnv) -> dict[str, float]:
+    """The truth in [0, 1] of every attribute."""
+    return {name: graded(ramps)[0] for name, ramps in conditions(env).items()}
 
 
 def geometry(env: HumanoidEnv) -> np.ndarray:
@@ -530,6 +554,7 @@ class States(NamedTuple):
     qpos: np.ndarray  # [n, 24]
     frames: np.ndarray  # [n, H, W, 3] uint8
     truths: np.ndarray  # [n, A] float32, of each attribute
+    progress: np.ndarray  # [n, A] float32, towards each attribute
     points: np.ndarray  # [n, 2, K] float32, as `geometry` returns them
 
 
@@ -549,10 +574,10 @@ class Studio:
         self.shots = []
 
     def shoot(self) -> None:
-        truth = describe(self.env)
-        truth = np.float32([truth[attribute] for attribute in ATTRIBUTES])
+        ramps = conditions(self.env)
+        truth, progress = np.float32([graded(ramps[name]) for name in ATTRIBUTES]).T
         qpos = self.env.data.qpos.copy()
-        self.shots.append((qpos, self.env.render(), truth, geometry(self.env)))
+        self.shots.append((qpos, self.env.render(), truth, progress, geometry(self.env)))
 
     def develop(self, count: int) -> States:
         states = States(*map(np.stack, zip(*self.shots[:count], strict=True)))
@@ -722,26 +747,23 @@ def misjudged_states(
 ) -> States:
     """What a hill climb from the `known` states visits on its way to those that CLIP misjudges.
 
-    `score(frames [n, H, W, 3], captions [c])` is the cosine [n, c]. It is put on the scale of the
-    truth by its means over the true and over the other known states, and each lineage keeps of
-    parent and child the one whose score is farther above the truth, or below it. Below 0 it counts
-    as 0: that something false is rated as very false misleads nobody.
+    `score(frames [n, H, W, 3], captions [c])` is the cosine [n, c]. A line through the known states
+    puts it on the scale of the progress, and each lineage keeps of parent and child the one whose
+    rating is farther above its progress, or below it.
     """
 
-    def truth_of(meaning: tuple[str, ...], states: States) -> np.ndarray:
-        return states.truths[:, [ATTRIBUTES.index(a) for a in meaning]].min(1)
+    def progress_of(meaning: tuple[str, ...], states: States) -> np.ndarray:
+        return states.progress[:, [ATTRIBUTES.index(a) for a in meaning]].min(1)
 
     captions = [caption(meaning, rng) for meaning, _ in SOUGHT]
-    scores = score(known.frames, captions)  # [n, c]
-    poses, errors, scale = [], [], []
-    for (meaning, sign), s in zip(SOUGHT, scores.T, strict=True):
-        truth = truth_of(meaning, known)
-        zero, one = s[truth < 0.1].mean(), s[truth >= min(0.9, truth.max())].mean()
-        e = sign * (np.maximum((s - zero) / (one - zero), 0) - truth)
+    poses, errors, lines = [], [], []
+    for (meaning, sign), s in zip(SOUGHT, score(known.frames, captions).T, strict=True):
+        progress = progress_of(meaning, known)
+        lines.append(np.polyfit(s, progress, 1))
+        e = sign * (np.polyval(lines[-1], s) - progress)
         parents = rng.choice(np.argsort(-e)[: 6 * LINEAGES], LINEAGES, replace=False)
         poses.append(known.qpos[parents])
         errors.append(e[parents])
-        scale.append((zero, one))
     poses, errors = np.concatenate(poses), np.concatenate(errors)
     before = errors.reshape(len(SOUGHT), -1).mean(1)
     visited = []
@@ -749,10 +771,9 @@ def misjudged_states(
         jobs = [(part, int(rng.integers(2**31))) for part in np.array_split(poses, 8)]
         children = States(*run_jobs(pool, varied_states, jobs))
         scores = score(children.frames, captions)
-        for i, ((meaning, sign), (zero, one)) in enumerate(zip(SOUGHT, scale, strict=True)):
+        for i, ((meaning, sign), line) in enumerate(zip(SOUGHT, lines, strict=True)):
             own = slice(i * LINEAGES, (i + 1) * LINEAGES)
-            rating = np.maximum((scores[own, i] - zero) / (one - zero), 0)
-            e = sign * (rating - truth_of(meaning, children)[own])
+            e = sign * (np.polyval(line, scores[:, i]) - progress_of(meaning, children))[own]
             better = e > errors[own]
             errors[own] = np.where(better, e, errors[own])
             poses[own] = np.where(better[:, None], children.qpos[own], poses[own])
@@ -912,7 +933,7 @@ def main(args: Args) -> None:
         return (torch.cat(parts) @ text.T).numpy()
 
     # A world's part of a batch: images [B, 3, H, W], what the head regresses, captions, and how
-    # true each caption is of each image [B, C].
+    # true each caption is of each image, and how much progress it shows [B, C].
 
     def humanoid_part(size: int, count: int):
         index = rng.choice(len(origin), size, p=chances(origin))
@@ -926,8 +947,11 @@ def main(args: Args) -> None:
         meanings = sample_meanings(truth, count, rng)
         captions = [caption(meaning, rng) for meaning in meanings]
         columns = [[ATTRIBUTES.index(a) for a in meaning] for meaning in meanings]
-        match = np.stack([truth[:, c].min(1, initial=1) for c in columns], 1)
-        return image, target, captions, match
+        match, aim = (
+            np.stack([value[:, c].min(1, initial=1) for c in columns], 1)
+            for value in (truth, states.progress[index])
+        )
+        return image, target, captions, match, aim
 
     def home_part(size: int, count: int):
         index = rng.integers(len(home_frames), size=size)
@@ -942,7 +966,7 @@ def main(args: Args) -> None:
         for i, family in enumerate(home_states.UNNAMED):
             truths = [home_states.truth_of(m, home_truths[index]) for m in family]
             unnamed[:, i] = np.max(truths, 0)
-        part = prepare(home_frames[index]), shares[index], captions, match
+        part = prepare(home_frames[index]), shares[index], captions, match, match
         return part, torch.from_numpy(unnamed)
 
     def mosaic_part(size: int):
@@ -960,17 +984,19 @@ def main(args: Args) -> None:
         grid = grid.reshape(size, -1, home_states.CELLS, home_states.CELLS)
         return prepare(images.reshape(size, 3 * block, 3 * block, 3)), grid
 
-    def loss_of(cosine: torch.Tensor, match: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """From [B, C]: the sigmoid loss, the correlation with the truth, how many are right."""
+    def loss_of(
+        cosine: torch.Tensor, match: torch.Tensor, aim: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        """From [B, C]: the sigmoid loss, the correlation with the progress, how many are right."""
         logits = model.logit_scale.exp() * cosine + bias
         # Each caption weighs its matches as much as its mismatches, however rare they are.
         miss = 1 - match
         positive, negative = match / match.sum(0).clamp(min=4), miss / miss.sum(0).clamp(min=4)
         loss = -(positive * F.logsigmoid(logits) + negative * F.logsigmoid(-logits)).sum(0).mean()
-        # An agent climbs the cosine, so that should follow the truth in proportion: EPIC's 1 - rho.
+        # An agent climbs the cosine, which should follow the progress in proportion.
         both = (match.sum(0) > 1) & (miss.sum(0) > 1)
         weight = (match / match.sum(0) + miss / miss.sum(0))[:, both] / 2
-        x, y = (v[:, both] - (weight * v[:, both]).sum(0) for v in (cosine, match))
+        x, y = (v[:, both] - (weight * v[:, both]).sum(0) for v in (cosine, aim))
         rho = (weight * x * y).sum(0) * ((weight * x**2).sum(0) * (weight * y**2).sum(0)).rsqrt()
         right = ((logits > 0) == (match > 0.5))[(match < 0.2) | (match > 0.8)].float().mean()
         return loss, rho.mean(), right
@@ -993,7 +1019,7 @@ def main(args: Args) -> None:
             for choice, truth in home_states.cell_truths(shares.numpy()).items()
         ]
         some = shares[:count, -len(home_states.LANDMARKS) :].sqrt()  # far away it is a small one
-        loss, rho, _ = loss_of(x[:count] @ texts[-1].T, some)
+        loss, rho, _ = loss_of(x[:count] @ texts[-1].T, some, some)
         return [*losses, loss + 1 - rho]
 
     mean, std = torch.tensor([OPENAI_DATASET_MEAN, OPENAI_DATASET_STD]).view(2, 1, 3, 1, 1)
@@ -1047,10 +1073,10 @@ def main(args: Args) -> None:
             cells = (home_states.CELLS, home_states.CELLS)
             below.append(F.interpolate(features["map"][sizes[0] :].float(), cells))
         total, log = 0, []
-        for i, (*_, match) in enumerate(parts):
+        for i, (*_, match, aim) in enumerate(parts):
             cosine = image_features[i] @ text_features[i].T  # [B, C]
-            match = torch.from_numpy(match)
-            loss, rho, right = loss_of(cosine[:, :count], match[:, :count])
+            match, aim = torch.from_numpy(match), torch.from_numpy(aim)
+            loss, rho, right = loss_of(cosine[:, :count], match[:, :count], aim[:, :count])
             target = torch.from_numpy(targets[i]).float()
             fit = F.mse_loss(heads[i](below[i]), target) / target.square().mean()
             total = total + (loss + 1 - rho + fit) / len(parts)
