@@ -81,11 +81,6 @@ EXPERIMENTS = {
         4.5,
         1,
     ),
-    "unseen_prompts": Experiment(
-        "its agent, told sentences that it was not trained for",
-        f"python tests/unseen_prompts.py {RUNS}/all_tasks/1/runs/*",
-        0.1,
-    ),
     "no_layer_norm": Experiment(
         "kneeling without layer norm in the critics", f"{SAC} --no-layer-norm", 1.2, 1
     ),
@@ -129,6 +124,12 @@ EXPERIMENTS = {
     "playhouse_env": Experiment("all families, on the truth", f"{DQN} --reward env", 1.6, 1),
     "playhouse_relabel": Experiment(
         "all families, from CLIP, half relabelled", f"{DQN} --relabel-fraction 0.5", 2.8, 2
+    ),
+    # Last, as it ends `--all` where the run that it is about is not there.
+    "unseen_prompts": Experiment(
+        "the agent of --task all, told sentences that it was not trained for",
+        f"python tests/unseen_prompts.py {RUNS}/all_tasks/1/runs/*",
+        0.1,
     ),
 }
 

@@ -690,7 +690,8 @@ SCRIPTED, REACHED, MISJUDGED = range(3)  # where a state comes from: scripts, an
 
 def chances(origin: np.ndarray) -> np.ndarray:
     """Of each state [n] to be drawn: a quarter for all that are scripted, and three eighths each
-    for what agents reached and what CLIP misjudged, however many they are; less of what is not."""
+    for what agents reached and what CLIP misjudged, however many they are; a kind of which there
+    are none leaves its share to the others."""
     count = np.bincount(origin, minlength=3)
     share = np.where(count > 0, (2, 3, 3), 0)
     return (share / count.clip(1) / share.sum())[origin]
@@ -749,7 +750,8 @@ def misjudged_states(
 
     `score(frames [n, H, W, 3], captions [c])` is the cosine [n, c]. A line through the known states
     puts it on the scale of the progress, and each lineage keeps of parent and child the one whose
-    rating is farther above its progress, or below it.
+    rating is farther above its progress, or below it. A rating below 0 counts as 0: that something
+    far off is rated as farther still misleads nobody.
     """
 
     def progress_of(meaning: tuple[str, ...], states: States) -> np.ndarray:
@@ -760,7 +762,7 @@ def misjudged_states(
     for (meaning, sign), s in zip(SOUGHT, score(known.frames, captions).T, strict=True):
         progress = progress_of(meaning, known)
         lines.append(np.polyfit(s, progress, 1))
-        e = sign * (np.polyval(lines[-1], s) - progress)
+        e = sign * (np.maximum(np.polyval(lines[-1], s), 0) - progress)
         parents = rng.choice(np.argsort(-e)[: 6 * LINEAGES], LINEAGES, replace=False)
         poses.append(known.qpos[parents])
         errors.append(e[parents])
@@ -773,7 +775,8 @@ def misjudged_states(
         scores = score(children.frames, captions)
         for i, ((meaning, sign), line) in enumerate(zip(SOUGHT, lines, strict=True)):
             own = slice(i * LINEAGES, (i + 1) * LINEAGES)
-            e = sign * (np.polyval(line, scores[:, i]) - progress_of(meaning, children))[own]
+            ratings = np.maximum(np.polyval(line, scores[own, i]), 0)
+            e = sign * (ratings - progress_of(meaning, children)[own])
             better = e > errors[own]
             errors[own] = np.where(better, e, errors[own])
             poses[own] = np.where(better[:, None], children.qpos[own], poses[own])
