@@ -371,6 +371,27 @@ def test_what_is_visited_is_drawn_more_often_however_rare_it_is():
     np.testing.assert_allclose(train_tiny_clip.chances(np.zeros(4, int)), 0.25)
 
 
+def test_matches_and_near_misses_are_drawn_alike():
+    progress = np.full((200, len(ATTRIBUTES)), 0.3, np.float32)
+    splits, lotus = ATTRIBUTES.index("splits"), ATTRIBUTES.index("lotus")
+    progress[:30, splits], progress[30:70, splits], progress[70:80, lotus] = 1, 0.8, 0.8
+    states = train_tiny_clip.States(*[None] * 2, np.float32(progress == 1), progress, None)
+    groups = train_tiny_clip.telling_states(states)
+    assert [list(group) for group in groups] == [[*range(30)], [*range(30, 70)]]  # 10 are too few
+
+
+def test_legs_of_scripted_splits_swing_to_the_front_each_for_itself(monkeypatch):
+    monkeypatch.setattr(train_tiny_clip, "STANCE_WEIGHTS", {"splits": 10**6})
+    studio, rng = train_tiny_clip.Studio(train_tiny_clip.Args()), np.random.default_rng(0)
+    turns = []
+    for _ in range(60):
+        train_tiny_clip.scripted_state(studio.env, studio.stiff, rng)
+        turns.append([studio.env.data.joint(f"{s}_hip_z").qpos[0] for s in ("right", "left")])
+    apart = np.abs(np.diff(np.rad2deg(turns), axis=1))
+    assert 0.2 < (apart > 20).mean() < 0.6
+    studio.env.close()
+
+
 def test_the_search_climbs_towards_states_that_are_misjudged(monkeypatch, capsys):
     monkeypatch.setattr(train_tiny_clip, "LINEAGES", 8)
     monkeypatch.setattr(train_tiny_clip, "GENERATIONS", 6)

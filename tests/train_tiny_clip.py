@@ -251,7 +251,7 @@ STANCE_POSES = {
     "one_leg_low_back": {"right:hip_y": 5, "right:knee": -35},
 }
 STANCE_WEIGHTS = {
-    "stand": 5, "stand_bent": 2, "stand_staggered": 2, "stand_wide": 2, "kneel": 3, "splits": 8,
+    "stand": 5, "stand_bent": 2, "stand_staggered": 2, "stand_wide": 2, "kneel": 3, "splits": 10,
     "kneel_low": 2, "one_knee_just_off": 2, "one_knee_off": 2, "half_kneel": 2,
     "lotus": 4, "one_leg": 2, "one_leg_back": 2, "one_leg_low": 3, "one_leg_low_back": 2,
 }  # fmt: skip
@@ -269,6 +269,7 @@ ARM_POSES = {
     "spread": {"shoulder1": -20, "shoulder2": -50, "elbow": -80},
     "down": {"shoulder1": 50, "shoulder2": -60, "elbow": -70},
 }
+LIMBS = np.repeat(range(5), [3, 4, 4, 3, 3])  # of each joint: the trunk, the legs, the arms
 
 
 def joint_targets(env: HumanoidEnv, pose: dict[str, float], mirrored: bool) -> np.ndarray:
@@ -318,10 +319,11 @@ def scripted_state(env: HumanoidEnv, stiff: mujoco.MjModel, rng: np.random.Gener
     stance, arm = weighted_choice(stances, STANCE_WEIGHTS), weighted_choice(arms, ARM_WEIGHTS)
     angles = joint_targets(env, STANCE_POSES[stance], mirrored)
     angles = angles + joint_targets(env, ARM_POSES[arm], mirrored)
-    if rng.random() < 0.25:  # part of the way to another pose
-        other = joint_targets(env, STANCE_POSES[rng.choice(stances)], mirrored)
+    swung = stance == "splits" and rng.random() < 0.5  # the legs swing to the front, more or less
+    if swung or rng.random() < 0.25:  # part of the way to another pose, each limb for itself
+        other = joint_targets(env, STANCE_POSES["sit" if swung else rng.choice(stances)], mirrored)
         other = other + joint_targets(env, ARM_POSES[rng.choice(arms)], mirrored)
-        angles = angles + rng.random() * (other - angles)
+        angles = angles + rng.random(5)[LIMBS] * (other - angles)
     elif rng.random() < 0.05:
         angles = rng.uniform(low, high)
     angles = angles + rng.normal(0, np.deg2rad(rng.choice([2, 5, 12])), 17)
@@ -789,6 +791,21 @@ def misjudged_states(
     return States(*map(np.concatenate, zip(*visited, strict=True)))
 
 
+def telling_states(states: States) -> list[np.ndarray]:
+    """Indices of the states that match each stance, alone and with each thing that arms do, and of
+    the near misses of what agents are asked for, where they are not a rarity."""
+
+    def least(values: np.ndarray, meaning: tuple[str, ...]) -> np.ndarray:
+        return values[:, [ATTRIBUTES.index(a) for a in meaning]].min(1)
+
+    postures = [(s,) for s in STANCES] + [(s, a) for s in STANCES for a in ARMS]
+    groups = [least(states.truths, posture) > 0.5 for posture in postures]
+    for meaning in dict(SOUGHT):
+        near = least(states.progress, meaning) > 0.65
+        groups.append(near & (least(states.truths, meaning) < 0.5))
+    return [index for index in map(np.flatnonzero, groups) if len(index) >= 20]
+
+
 def start_from(folder: Path, model: torch.nn.Module) -> torch.nn.Module | None:
     """Copy what fits the model of the CLIP in the folder; returns that CLIP, as a teacher, if some
     of it did not, or left a new layer that is not the identity.
@@ -910,15 +927,6 @@ def main(args: Args) -> None:
         lr=args.learning_rate,
         weight_decay=0.05,
     )
-    postures = [(s,) for s in STANCES] + [(s, a) for s in STANCES for a in ARMS]
-
-    def true_states() -> list[np.ndarray]:
-        """Indices of the states that match each pair of attributes, where it is not a rarity."""
-        matches = [
-            np.flatnonzero((states.truths[:, [ATTRIBUTES.index(a) for a in pair]] > 0.5).all(1))
-            for pair in postures
-        ]
-        return [indices for indices in matches if len(indices) >= 20]
 
     def prepare(images: np.ndarray) -> torch.Tensor:  # [B, H, W, 3] to [B, 3, H, W]
         return (torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255 - mean) / std
@@ -940,8 +948,8 @@ def main(args: Args) -> None:
 
     def humanoid_part(size: int, count: int):
         index = rng.choice(len(origin), size, p=chances(origin))
-        for i in range(0, size, 2):  # half of it: a balanced choice of meanings
-            index[i] = rng.choice(true_of[rng.integers(len(true_of))])
+        for i in range(0, size, 2):  # half of it: a balanced choice of matches and near misses
+            index[i] = rng.choice(telling[rng.integers(len(telling))])
         image = prepare(states.frames[index])
         mirrored = int(rng.integers(2))  # the body is symmetric, and no caption says left or right
         image = image.flip(-1) if mirrored else image
@@ -1027,7 +1035,7 @@ def main(args: Args) -> None:
 
     mean, std = torch.tensor([OPENAI_DATASET_MEAN, OPENAI_DATASET_STD]).view(2, 1, 3, 1, 1)
     encode_image = torch.compile(model.encode_image) if args.compile else model.encode_image
-    true_of, start, step, searches = true_states(), time.time(), 0, 0
+    telling, start, step, searches = telling_states(states), time.time(), 0, 0
     words = set((args.start / "vocabulary.txt").read_text().split()) if args.start else set()
 
     def progress_by_now() -> float:
@@ -1049,7 +1057,7 @@ def main(args: Args) -> None:
             recent = len(SOUGHT) * LINEAGES * GENERATIONS // 2
             known = np.append(some, np.arange(scripted, len(states.frames))[-recent:])
             add(misjudged_states(score, pool, States(*(v[known] for v in states)), rng), MISJUDGED)
-            true_of, searches = true_states(), searches + 1
+            telling, searches = telling_states(states), searches + 1
         # One batch of both, so that a resnet's batch statistics are those it will be used with.
         homes = round(args.home_share * args.batch_size) if args.homes else 0
         mosaic, count = 3 * homes // 8, args.captions // len(heads)
