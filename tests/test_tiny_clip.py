@@ -43,7 +43,6 @@ from train_tiny_clip import (
     PROMPTS,
     STANCES,
     caption,
-    describe,
     geometry,
     joint_targets,
     sample_meanings,
@@ -82,6 +81,12 @@ def test_captions_never_use_a_held_out_sentence():
     everything = np.ones((4, len(ATTRIBUTES)), np.float32)
     for _ in range(20):
         assert ("kneeling", "raised") not in sample_meanings(everything, 200, rng)
+
+
+def describe(env):
+    """The truth in [0, 1] of every attribute."""
+    ramps = train_tiny_clip.conditions(env)
+    return {name: train_tiny_clip.graded(ramps[name])[0] for name in ATTRIBUTES}
 
 
 def test_captions_come_from_the_geometry():

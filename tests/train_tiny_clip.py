@@ -528,11 +528,6 @@ def conditions(env: HumanoidEnv) -> dict[str, list[Ramp]]:
     }
 
 
-def describe(env: HumanoidEnv) -> dict[str, float]:
-    """The truth in [0, 1] of every attribute."""
-    return {name: graded(ramps)[0] for name, ramps in conditions(env).items()}
-
-
 def geometry(env: HumanoidEnv) -> np.ndarray:
     """What the auxiliary head regresses, in metres: where the body's parts are, and the gaps under
     knees, feet and seat. As it is, and as a mirror would show it: [2, K]."""
@@ -699,6 +694,11 @@ def chances(origin: np.ndarray) -> np.ndarray:
     return (share / count.clip(1) / share.sum())[origin]
 
 
+def least(values: np.ndarray, meaning: tuple[str, ...]) -> np.ndarray:
+    """Of the attributes of a conjunction, from [n, A]: [n], 1 if it has none."""
+    return values[:, [ATTRIBUTES.index(a) for a in meaning]].min(1, initial=1)
+
+
 def sample_meanings(truth: np.ndarray, count: int, rng: np.random.Generator) -> list[tuple]:
     """Conjunctions of attributes: half of them true of one of the batch's images, half random."""
     stances, arms = np.array([*STANCES, *COMMON]), np.array(list(ARMS))
@@ -732,13 +732,10 @@ def run_jobs(pool: multiprocessing.pool.Pool, function, jobs: list) -> Iterable[
     return map(np.concatenate, zip(*pool.map(function, jobs, 1), strict=True))
 
 
-# What the search looks for: states that are overrated (1) or underrated (-1) as what an agent may
-# be asked for.
-SOUGHT = [
-    (meaning, sign)
-    for meaning in [*((s,) for s in dict.fromkeys(COMMON)), *(("standing", a) for a in ARMS)]
-    for sign in (1, -1)
-]
+# What an agent may be asked for, and what the search looks for: states that are overrated (1) or
+# underrated (-1) as that.
+ASKED = [*((s,) for s in dict.fromkeys(COMMON)), *(("standing", a) for a in ARMS)]
+SOUGHT = [(meaning, sign) for meaning in ASKED for sign in (1, -1)]
 LINEAGES, GENERATIONS = 40, 8  # of the hill climb, for each of these
 
 
@@ -755,14 +752,10 @@ def misjudged_states(
     rating is farther above its progress, or below it. A rating below 0 counts as 0: that something
     far off is rated as farther still misleads nobody.
     """
-
-    def progress_of(meaning: tuple[str, ...], states: States) -> np.ndarray:
-        return states.progress[:, [ATTRIBUTES.index(a) for a in meaning]].min(1)
-
     captions = [caption(meaning, rng) for meaning, _ in SOUGHT]
     poses, errors, lines = [], [], []
     for (meaning, sign), s in zip(SOUGHT, score(known.frames, captions).T, strict=True):
-        progress = progress_of(meaning, known)
+        progress = least(known.progress, meaning)
         lines.append(np.polyfit(s, progress, 1))
         e = sign * (np.maximum(np.polyval(lines[-1], s), 0) - progress)
         parents = rng.choice(np.argsort(-e)[: 6 * LINEAGES], LINEAGES, replace=False)
@@ -778,7 +771,7 @@ def misjudged_states(
         for i, ((meaning, sign), line) in enumerate(zip(SOUGHT, lines, strict=True)):
             own = slice(i * LINEAGES, (i + 1) * LINEAGES)
             ratings = np.maximum(np.polyval(line, scores[own, i]), 0)
-            e = sign * (ratings - progress_of(meaning, children)[own])
+            e = sign * (ratings - least(children.progress, meaning)[own])
             better = e > errors[own]
             errors[own] = np.where(better, e, errors[own])
             poses[own] = np.where(better[:, None], children.qpos[own], poses[own])
@@ -794,13 +787,9 @@ def misjudged_states(
 def telling_states(states: States) -> list[np.ndarray]:
     """Indices of the states that match each stance, alone and with each thing that arms do, and of
     the near misses of what agents are asked for, where they are not a rarity."""
-
-    def least(values: np.ndarray, meaning: tuple[str, ...]) -> np.ndarray:
-        return values[:, [ATTRIBUTES.index(a) for a in meaning]].min(1)
-
     postures = [(s,) for s in STANCES] + [(s, a) for s in STANCES for a in ARMS]
     groups = [least(states.truths, posture) > 0.5 for posture in postures]
-    for meaning in dict(SOUGHT):
+    for meaning in ASKED:
         near = least(states.progress, meaning) > 0.65
         groups.append(near & (least(states.truths, meaning) < 0.5))
     return [index for index in map(np.flatnonzero, groups) if len(index) >= 20]
@@ -957,10 +946,9 @@ def main(args: Args) -> None:
         truth = states.truths[index]  # [B, A]
         meanings = sample_meanings(truth, count, rng)
         captions = [caption(meaning, rng) for meaning in meanings]
-        columns = [[ATTRIBUTES.index(a) for a in meaning] for meaning in meanings]
         match, aim = (
-            np.stack([value[:, c].min(1, initial=1) for c in columns], 1)
-            for value in (truth, states.progress[index])
+            np.stack([least(values, meaning) for meaning in meanings], 1)
+            for values in (truth, states.progress[index])
         )
         return image, target, captions, match, aim
 
