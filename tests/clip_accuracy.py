@@ -35,6 +35,7 @@ import numpy as np
 import tyro
 from clip_reward import CLIPReward, goal_baseline_reward
 from PIL import Image, ImageDraw
+from reproduce import digest
 from train_tiny_clip import PARAPHRASES
 
 
@@ -499,6 +500,7 @@ def main(args: Args) -> None:
     command = shlex.join(["python", "tests/clip_accuracy.py", *sys.argv[1:]])
     result = {
         "model": args.clip_model.removeprefix(f"{HERE.parent}/"),
+        "clip": digest(args.clip_model),
         "image_parameters": sum(p.numel() for p in reward.clip.visual.parameters()),
         "command": command.replace(f"{HERE.parent}/", ""),
         "states": len(frames),

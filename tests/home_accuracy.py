@@ -44,6 +44,7 @@ import numpy as np
 import torch
 import tyro
 from clip_reward import CLIPReward, goal_baseline_reward
+from reproduce import digest
 
 
 @dataclass
@@ -210,6 +211,7 @@ def main(args: Args) -> None:
     command = shlex.join(["python", "tests/home_accuracy.py", *sys.argv[1:]])
     result = {
         "model": args.clip_model.removeprefix(f"{HERE.parent}/"),
+        "clip": digest(args.clip_model),
         "image_parameters": sum(p.numel() for p in clip.clip.visual.parameters()),
         "command": command.replace(f"{HERE.parent}/", ""),
         "homes": args.homes,

@@ -5,7 +5,7 @@
     python tests/reproduce.py --all                 # what is missing
 
 A result is a small JSON file in `tests/results/`; what it has is not run again, and of several
-seeds those are run that it lacks. A run of other flags or of another bundled CLIP does not count.
+seeds those are run that it lacks. What had other flags or another bundled CLIP does not count.
 Runs go to `runs/reproduce/`, and one that was interrupted is resumed. The CLIPs that some
 experiments are about are trained first, each in one go, and kept in `runs/reproduce/clips/`.
 """
@@ -210,12 +210,14 @@ def train(command: str, folder: Path, runs: Path) -> dict:
 
 
 def missing(experiment: Experiment, path: Path) -> list[int]:
-    """The seeds of which its file lacks a run; [0] if it has no seeds and no file."""
+    """The seeds of which its file lacks a run; [0] if it has no seeds, and no file of today."""
+    result = json.loads(path.read_text()) if path.exists() else None
+    today, named = digest(HERE / "tiny_clip"), "--clip-model" in experiment.command
     if not experiment.seeds:
-        return [0] * (not path.exists())
-    runs = json.loads(path.read_text())["runs"] if path.exists() else []
-    today = digest(HERE / "tiny_clip")
-    made = {r["command"] for r in runs if "--clip-model" in r["command"] or r.get("clip") == today}
+        there = result is not None and (named or result.get("clip", today) == today)
+        return [0] * (not there)
+    runs = result["runs"] if result else []
+    made = {run["command"] for run in runs if named or run.get("clip") == today}
     commands = [f"{experiment.command} --seed {seed}" for seed in range(1, experiment.seeds + 1)]
     return [seed for seed, command in enumerate(commands, 1) if command not in made]
 

@@ -5,6 +5,7 @@ import json
 import clip_accuracy
 import numpy as np
 import pytest
+from reproduce import digest
 
 
 def slow_auc(reward, goal):
@@ -68,6 +69,7 @@ def test_report_and_sheet(tmp_path, random_clip):
         )
     )
     result = json.loads((tmp_path / "accuracy.json").read_text())
+    assert result["clip"] == digest(random_clip)
     assert result["states"] == 300 and result["tasks"].keys() == clip_accuracy.TASKS.keys()
     assert all(0 <= result["mean"][alpha]["auc"] <= 1 for alpha in ("0", "0.25", "0.5", "1"))
     assert len(result["paraphrases"]) == len(result["verbs"]) == 16

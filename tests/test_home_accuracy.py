@@ -5,6 +5,7 @@ import json
 import home_accuracy
 import numpy as np
 import pytest
+from reproduce import digest
 
 
 def test_average_precision_equals_a_slow_reference():
@@ -39,7 +40,7 @@ def test_walks_in_homes_are_measured(tmp_path, random_clip):
     )
     home_accuracy.main(args)
     result = json.loads(args.output.read_text())
-    assert result["frames"] == 16 * 34
+    assert result["frames"] == 16 * 34 and result["clip"] == digest(random_clip)
     for families in result["alphas"]["0"].values():
         for family, goals in (("find", 1), ("lift", 1), ("place", 3)):
             assert families[family]["pairs"] % (goals * result["frames"]) == 0

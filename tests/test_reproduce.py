@@ -112,6 +112,25 @@ def test_seeds_that_a_result_lacks_are_added_one_by_one(tmp_path, monkeypatch, c
     }
 
 
+def test_numbers_of_another_bundled_clip_are_measured_again(tmp_path):
+    today = reproduce.digest(reproduce.HERE / "tiny_clip")
+    lacks = {"none": True, today: False, "another": True}
+    for name in ("clip_accuracy", "home_accuracy", "unseen_prompts"):
+        path = tmp_path / f"{name}.json"
+        for clip, again in lacks.items():
+            if clip != "none":
+                path.write_text(json.dumps({"clip": clip}))
+            assert bool(reproduce.missing(reproduce.EXPERIMENTS[name], path)) == again
+    path.write_text(json.dumps({"clip": "w4"}))  # that its command names
+    assert not reproduce.missing(reproduce.EXPERIMENTS["w4_on_default"], path)
+
+
+@pytest.mark.parametrize("name", ["clip_accuracy", "home_accuracy"])
+def test_the_committed_accuracy_is_that_of_the_bundled_clip(name):
+    result = json.loads((reproduce.HERE / "results" / f"{name}.json").read_text())
+    assert result["clip"] == reproduce.digest(reproduce.HERE / "tiny_clip")
+
+
 def test_a_clip_that_an_experiment_names_is_trained_once(tmp_path, monkeypatch):
     """A killed training does not pass for a whole one."""
     started = []

@@ -483,7 +483,9 @@ def test_one_agent_for_all_tasks(tmp_path, random_clip):
     flags = ["--episodes", "1", "--num-envs", "4", "--output", output]
     result = subprocess.run([sys.executable, script, whole, *flags], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    rows = json.loads(output.read_text())["success_rate"]
+    result = json.loads(output.read_text())
+    assert len(result["clip"]) == 12  # the digest of its weights
+    rows = result["success_rate"]
     assert len(rows) == 21 and all(row["success_rate"] in (0, 1) for row in rows.values())
     assert not {row["prompt"] for row in rows.values()} & {task.goal for task in TASKS.values()}
 

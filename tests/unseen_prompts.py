@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 import tyro
 from clip_reward import CLIPReward
+from reproduce import digest
 from train_tiny_clip import PARAPHRASES
 
 
@@ -124,6 +125,7 @@ def main(args: Args) -> dict:
     command = shlex.join(["python", "tests/unseen_prompts.py", *sys.argv[1:]])
     result = {
         "command": command.replace(f"{HERE.parent}/", ""),
+        "clip": digest(model),
         "episodes": args.episodes,
         "step": state["step"],
         "success_rate": {
