@@ -14,6 +14,7 @@ import copy
 import difflib
 import logging
 import math
+import os
 import re
 import sys
 import textwrap
@@ -74,7 +75,7 @@ def load_clip(model: str, device: str | torch.device) -> tuple[torch.nn.Module, 
     Raises ValueError, of one line, for whatever keeps it from loading.
     """
     options = {}
-    if Path(model).is_dir():
+    if os.path.isdir(model):  # False, too, where it may not be read
         name = f"local-dir:{model}"
     elif model.startswith("hf-hub:"):
         name = model
@@ -87,7 +88,7 @@ def load_clip(model: str, device: str | torch.device) -> tuple[torch.nn.Module, 
                 f" pass a folder, hf-hub:ID, or {nearest(name, models, ['ViT-B-32'])} with a /TAG"
             )
         tag = open_clip.get_pretrained_cfg(name, weights)
-        if not tag and not Path(weights).is_file():
+        if not tag and not os.path.isfile(weights):
             raise ValueError(
                 f"--clip-model {model}: {weights!r} is neither a tag of {name} nor a file; pass"
                 f" {name}/FILE or {name}/TAG with the tag {nearest(weights, tags, tags[:3])}"
@@ -222,7 +223,7 @@ class CLIPReward(torch.nn.Module):
                 warnings.warn(
                     f"this CLIP was never taught the word(s) {', '.join(map(repr, unknown))}: it "
                     f"cannot judge {prompt!r}; pass a real CLIP, e.g. --clip-model "
-                    "ViT-B-32/laion2b_s34b_b79k",
+                    "ViT-bigG-14/laion2b_s39b_b160k",
                     stacklevel=3,  # past torch.no_grad's wrapper
                 )
         tokens = self.tokenizer(prompts)  # [P, L], cut at L
@@ -253,7 +254,6 @@ class CLIPReward(torch.nn.Module):
         cell shows what the prompt names (MaskCLIP, arXiv 2112.01071). Raises ValueError for an
         image tower other than CLIP's ResNet or ViT.
         """
-
         visual = self.clip.visual
         known = isinstance(visual, (ModifiedResNet, VisionTransformer))
         if not known or getattr(visual, "attn_pool", None) is not None:  # CoCa's ViT has one

@@ -144,7 +144,8 @@ class Args:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """of CLIP; auto is bf16 on CUDA (older than Ampere: take fp32), or a CPU with AMX"""
     compile: bool = False
-    """torch.compile CLIP's image tower and the updates, which on CUDA become one CUDA graph"""
+    """torch.compile CLIP's image tower and the updates (it takes a C++ compiler), which on CUDA
+    become one CUDA graph"""
     score_every: int = 4
     """steps of all environments in a block: only at its end do episodes end, or turn from lifting
     to placing; where the policy sees pixels, CLIP scores a block at once"""
@@ -208,6 +209,7 @@ def check_args(args: Args) -> None:
         require(name, value is None or 0 < value < math.inf, "must be finite and greater than 0")
     for name in ("alpha", "false_positive_rate", "epsilon_end", "relabel_fraction", "in_hand"):
         require(name, 0 <= getattr(args, name) <= 1, "must lie between 0 and 1")
+    require("worker_timeout", args.worker_timeout < 2e6, "must be less than 2e6 seconds")
     require("seed", 0 <= args.seed < 2**63, "must be at least 0 and less than 2**63")
     require("gamma", 0 <= args.gamma < 1, "must be at least 0 and less than 1")
     require("explore_steps", args.explore_steps >= 1, "must be at least 1")
@@ -238,7 +240,7 @@ def check_args(args: Args) -> None:
     alone = WORLD_SIZE == 1 or not (args.evaluate or args.tour)
     check(alone, "--evaluate, --tour: start them without torchrun")
     require("output", not args.tour or args.output.suffix == ".mp4", "must end in .mp4")
-    require("output", not args.tour or args.output.parent.is_dir(), "make its folder first")
+    require("output", not args.tour or os.path.isdir(args.output.parent), "make its folder first")
 
 
 COLOURS = {
@@ -1010,7 +1012,7 @@ def make_envs(args: Args, num_envs: int, size: int) -> gym.vector.AsyncVectorEnv
             autoreset_mode=gym.vector.AutoresetMode.DISABLED,
         )
     except (OSError, EOFError) as error:  # too many files or processes, or one was killed
-        check(False, f"--num-envs {num_envs}: the workers do not start ({error!r}); lower it")
+        check(False, f"--num-envs {args.num_envs}: workers do not start ({error!r}); lower it")
 
 
 @contextmanager
@@ -1093,10 +1095,10 @@ def calibrate(scores: torch.Tensor, reached: torch.Tensor | None, rate: float) -
 
 def after_stage_one(reached: torch.Tensor, carried: torch.Tensor, stage_one: torch.Tensor):
     """What of `reached` [T, N, 240] counts: a place goal only where CLIP saw the toy in the hand
-    before, in the same episode, and does not see it there now.
+    before, in the same episode, and does not see it there now. Also returns `carried` after them.
 
     `stage_one` [240] is the lift goal of each place goal, and every other goal itself. `carried`
-    [N, 240]: was stage one reached before these steps? The second result is that after them.
+    [N, 240]: was stage one reached before these steps?
     """
     in_hand = reached[..., stage_one]  # [T, N, 240]
     carried = torch.cat([carried[None], in_hand]).cumsum(0) > 0  # [T + 1, N, 240]
@@ -1147,8 +1149,8 @@ class Replay:
     def __init__(
         self, capacity: int, steps: int, seen: torch.Tensor, stage_one: torch.Tensor, device: str
     ):
-        """`seen` [N, h, w, C]: like what the network sees of N environments; `stage_one` [240]: the
-        goals that come first."""
+        """`seen` [N, h, w, C k]: like what the network sees of N environments; `stage_one` [240]:
+        the goals that come first."""
         K, N = steps, len(seen)
         self.stage_one = stage_one
         self.slots = M = capacity // (N * K)
@@ -1179,8 +1181,8 @@ class Replay:
         self.data = {k: torch.zeros(s, dtype=t, device=device) for k, (s, t) in rings.items()}
 
     def add(self, generator: torch.Generator, **block: torch.Tensor) -> None:
-        """seen [K + 1, N, h, w, C], traces [K + 1, N, 27], action [K, N], reached [K, N, 190], goal
-        [N], age [N]."""
+        """seen [K + 1, N, h, w, C k], traces [K + 1, N, 27], action [K, N], reached [K, N, 190],
+        goal [N], age [N]."""
         d, slot = self.data, self.head % self.slots
         for name, value in block.items():
             d[name][slot] = value
@@ -1268,7 +1270,7 @@ class Replay:
         chunk = {name: ring[blocks].cpu() for name, ring in self.data.items()}
         atomic_save(chunk, folder / f"{first}-{self.head}.pt")
         for path in folder.glob("*-*.pt"):
-            if int(path.stem.split("-")[1]) <= first - self.slots:  # gone before last.pt was made
+            if int(path.stem.split("-")[1]) <= first - self.slots:  # gone before the old last.pt
                 path.unlink()
 
     def load(self, folder: Path, head: int) -> None:
@@ -1414,8 +1416,7 @@ class CUDAGraph:
                     options = {"stream": self.stream, "capture_error_mode": "thread_local"}
                     with torch.cuda.graph(self.graph, **options):  # while other threads go on
                         self.outputs = self.function(*self.inputs)
-                for own, x in zip(self.inputs, inputs, strict=True):
-                    own.copy_(x)
+                torch._foreach_copy_(self.inputs, inputs)
                 self.graph.replay()
         torch.cuda.current_stream().wait_stream(self.stream)
         return self.outputs
@@ -1425,9 +1426,9 @@ def evaluate(
     envs, play, episodes: int, key: tuple, goals: Sequence[Goal],
     see, judge, clip_success, args: Args, device: str,
 ):  # fmt: skip
-    """Play `episodes` to the time limit: `play(stack, traces, goal, scores, generator) -> action`,
-    with what `judge(frames, embeddings, infos)` said of the last step of the last block, [N, 240],
-    -inf before it: as in training, a goal's stage changes between blocks.
+    """Play `episodes` to the time limit: `play(stack, traces, goal, scores, generator) -> action`.
+    Its scores [N, 240] are what `judge(frames, embeddings, infos)` made of the last frames of the
+    block before, -inf in the first: as in training, a goal's stage changes between blocks alone.
 
     An episode succeeds if the simulator's state is ever one of its goal; `clip_success(scores
     [T, N, 240], goal)`, if given, says whether CLIP thinks so. Returns the means over the episodes,
@@ -1596,8 +1597,8 @@ def main() -> None:
     stack = example.repeat(1, 1, 1, args.frame_stack)  # [N, h, w, C k], what the network sees
     q_network = QNetwork(stack, projection.shape[1]).to(device)
     target = copy.deepcopy(q_network).requires_grad_(False)
-    # The learning rate is a tensor, as --compile would make a number a constant; capturable keeps
-    # AdamW's count of steps on the GPU, for the CUDA graph.
+    # The learning rate is a tensor, as --compile would make a number a constant; capturable lets
+    # AdamW step inside a CUDA graph.
     learning_rate = torch.tensor(args.learning_rate, device=device)
     adamw = {"lr": learning_rate, "fused": True, "capturable": device == "cuda"}
     adamw["weight_decay"] = args.weight_decay
@@ -1808,7 +1809,7 @@ def main() -> None:
     wander, exploring = goal, goal.bool()  # a random action, and whether it is taken
     traces = torch.zeros(args.num_envs, TRACES, device=device)  # of the actions before
     age = np.zeros(args.num_envs, np.int64)  # steps of the running episodes
-    # Of each goal: was its toy in the hand, in this episode?
+    # Of each goal: was its first stage reached, in this episode?
     carried = torch.zeros(args.num_envs, len(GOALS), dtype=torch.bool, device=device)
     pending = []  # steps of the running block
     losses, finished = {}, defaultdict(list)  # of the last update; episodes since the last log

@@ -116,8 +116,8 @@ class Args:
     # ---- Environment
 
     task: str = "kneeling"
-    """a name in TASKS: its goal prompt, its baseline and its success predicate; or all: one agent
-    for all of them, which is told its goal by the embedding of the prompt"""
+    """a name in TASKS: its goal prompt and its success predicate; or all: one agent for all of
+    them, which is told its goal by the embedding of the prompt"""
     textured: bool = True  # coloured limbs, sky and floor, or the plain body (the paper's ablation)
     camera: Literal["fixed", "track"] = "fixed"  # track: the body's own (the paper's ablation)
     full_observation: bool = False
@@ -133,7 +133,7 @@ class Args:
     """env: gymnasium's own running reward, with its termination, to check the algorithm"""
     goal: str | None = None
     """any sentence in place of the task's goal prompt; there is no success rate then"""
-    baseline: str | None = None  # any sentence in place of the task's baseline prompt
+    baseline: str | None = None  # any sentence in place of "a humanoid robot"
     alpha: float = 0.0  # strength of the goal-baseline regularisation, from 0 (plain cosine) to 1
     clip_model: str = str(Path(__file__).resolve().parent / "tests" / "tiny_clip")
     """folder, ARCH/TAG or ARCH/FILE of open_clip, or hf-hub:ID"""
@@ -141,7 +141,8 @@ class Args:
     """of CLIP; bf16 lets the networks multiply below float32 too (TF32 on CUDA, bf16 on a CPU);
     auto is bf16 on CUDA (older than Ampere: take fp32) and on a CPU with AMX"""
     compile: bool = False
-    """torch.compile CLIP's image tower and the updates, which on CUDA become one CUDA graph"""
+    """torch.compile CLIP's image tower and the updates (it takes a C++ compiler), which on CUDA
+    become one CUDA graph"""
     score_every: int = 8  # frames of every environment that make one CLIP batch
 
     # ---- Algorithm
@@ -186,6 +187,7 @@ def check_args(args: Args) -> None:
                  "updates_per_step", "learning_rate", "tau", "reward_scale", "hidden",
                  "initial_ent_coef", "worker_timeout", "action_repeat", "actor_tau"):  # fmt: skip
         require(name, 0 < getattr(args, name) < math.inf, "must be finite and greater than 0")
+    require("worker_timeout", args.worker_timeout < 2e6, "must be less than 2e6 seconds")
     require("seed", 0 <= args.seed < 2**63, "must be at least 0 and less than 2**63")
     divides = MAX_STEPS % args.action_repeat == 0
     require("action_repeat", divides, f"must divide the {MAX_STEPS} steps of an episode")
@@ -354,15 +356,6 @@ COLOURS = {
 }
 
 
-@contextmanager
-def plain_errors():
-    """Keeps an OpenGL error's words alone: it holds pointers, which no worker can send."""
-    try:
-        yield
-    except Exception as error:
-        raise RuntimeError(" ".join(str(error).split())) from error
-
-
 class HumanoidEnv(MujocoHumanoid):
     """A 3D humanoid that is to take a pose, seen by a fixed camera.
 
@@ -486,18 +479,21 @@ class HumanoidEnv(MujocoHumanoid):
         info = {} if self.task is None else {"goal_state": self.in_goal_state()}
         return observation, float(reward), terminated, truncated, info
 
-    @plain_errors()
     def render(self):
         if self.render_mode is None:
             return None
-        if self._renderer is None:  # the GL context belongs to the process that first draws
-            self._renderer = mujoco.Renderer(self.model, self.height, self.width)
-            self._renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
-            self._view = mujoco.MjvCamera()
-            self._view.lookat, self._view.distance = (0.0, 0.0, 1.0), 3.5
-            self._view.azimuth, self._view.elevation = 180, -10
-        self._renderer.update_scene(self.data, self._view if self.camera == "fixed" else "track")
-        return self._renderer.render()
+        try:
+            if self._renderer is None:  # the GL context belongs to the process that first draws
+                self._renderer = mujoco.Renderer(self.model, self.height, self.width)
+                self._renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
+                self._view = mujoco.MjvCamera()
+                self._view.lookat, self._view.distance = (0.0, 0.0, 1.0), 3.5
+                self._view.azimuth, self._view.elevation = 180, -10
+            view = self._view if self.camera == "fixed" else "track"
+            self._renderer.update_scene(self.data, view)
+            return self._renderer.render()
+        except Exception as error:  # OpenGL's holds pointers, which no worker can send
+            raise RuntimeError(" ".join(str(error).split())) from error
 
     def close(self):
         if self._renderer is not None:
@@ -610,7 +606,7 @@ def make_envs(args: Args, num_envs: int, size: int) -> gym.vector.AsyncVectorEnv
             autoreset_mode=gym.vector.AutoresetMode.DISABLED,
         )
     except (OSError, EOFError) as error:  # too many files or processes, or one was killed
-        check(False, f"--num-envs {num_envs}: the workers do not start ({error!r}); lower it")
+        check(False, f"--num-envs {args.num_envs}: workers do not start ({error!r}); lower it")
 
 
 @contextmanager
@@ -702,7 +698,7 @@ class Replay:
         }
         atomic_save(part, folder / f"{start}-{self.head}.pt")
         for path in folder.glob("*-*.pt"):
-            if int(path.stem.split("-")[1]) <= first - self.rows:  # gone before last.pt was made
+            if int(path.stem.split("-")[1]) <= first - self.rows:  # gone before the old last.pt
                 path.unlink()
 
     def load(self, folder: Path, head: int) -> None:
@@ -850,8 +846,7 @@ class CUDAGraph:
                     options = {"stream": self.stream, "capture_error_mode": "thread_local"}
                     with torch.cuda.graph(self.graph, **options):  # while other threads go on
                         self.outputs = self.function(*self.inputs)
-                for own, x in zip(self.inputs, inputs, strict=True):
-                    own.copy_(x)
+                torch._foreach_copy_(self.inputs, inputs)
                 self.graph.replay()
         torch.cuda.current_stream().wait_stream(self.stream)
         return self.outputs
@@ -888,7 +883,7 @@ def evaluate(envs, policy, score, tasks: list[str], episodes: int, key: tuple, a
     `stream_seed(*key, i)` and pursues task i % len(tasks).
 
     Success is the paper's: the goal state for at least half of the steps; a free goal has none. Of
-    several tasks each has a success rate too. The video is of environment 0, until each of them was
+    several tasks each has a success rate too. The video is of environment 0, until each task was
     begun once.
     """
     results, film, env_index = defaultdict(list), [], np.arange(envs.num_envs)
@@ -1035,6 +1030,7 @@ def main() -> None:
         goal_input = direction * direction.shape[1] ** 0.5  # mean square 1, as of the state
 
     torch.set_float32_matmul_precision("medium" if args.precision == "bf16" else "highest")
+    torch.backends.cudnn.allow_tf32 = args.precision == "bf16"  # in convolutions, on CUDA
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # enough for the networks; the other cores are CLIP's and the workers'
     torch.manual_seed(args.seed)
@@ -1046,8 +1042,8 @@ def main() -> None:
     agent = copy.deepcopy(actor).requires_grad_(False)  # the actor's average: what is evaluated
     log_ent_coef = torch.tensor(math.log(args.ent_coef or args.initial_ent_coef), device=device)
     target_entropy = -float(act_dim)
-    # The learning rate is a tensor, as --compile would make a number a constant; capturable keeps
-    # Adam's count of steps on the GPU, for the CUDA graph.
+    # The learning rate is a tensor, as --compile would make a number a constant; capturable lets
+    # Adam step inside a CUDA graph.
     learning_rate = torch.tensor(args.learning_rate, device=device)
     adam = {"lr": learning_rate, "fused": True, "capturable": device == "cuda"}
     critic_optimizer = torch.optim.Adam(critic.parameters(), **adam)
@@ -1064,7 +1060,7 @@ def main() -> None:
 
     def start_clip() -> None:
         torch.set_num_threads(max(1, threads - 1))  # of CLIP's thread alone
-        if device == "cuda":  # else its kernels queue among those of the updates
+        if device == "cuda":  # in the default stream its kernels would queue behind the updates'
             torch.cuda.set_device(LOCAL_RANK)
             torch.cuda.set_stream(torch.cuda.Stream())
 

@@ -433,8 +433,9 @@ BROKEN_MODELS = {
     "{tmp}/no_weights": "open_clip_model.safetensors",
     "{tmp}/broken_weights": "could not be loaded",
     "{tmp}/missing": "no such folder",
+    "x" * 300: "no such folder",  # no file system takes the name
     "hf-hub:nobody/nothing": "need",
-    "": "could not be loaded",
+    "": "no such folder",
 }
 
 

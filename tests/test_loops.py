@@ -708,6 +708,7 @@ OUT_OF_RANGE = [
     *((sac, name, bad) for name in SAC_SHARES for bad in (-0.1, 1.1)),
     *((dqn, name, bad) for name in DQN_SHARES for bad in (-0.1, 1.1)),
     *((script, "gamma", bad) for script in (sac, dqn) for bad in (-0.1, 1.0)),
+    *((script, "worker_timeout", 1e9) for script in (sac, dqn)),
     *((script, "learning_starts", -1) for script in (sac, dqn)),
     *((dqn, "weight_decay", bad) for bad in (-0.1, math.inf, math.nan)),
     (dqn, "explore_steps", 0.5),
