@@ -95,6 +95,10 @@ def test_command(command, folder, first_run):
     elif "benchmark" in command:
         few = ("--num-envs", "4", "--frame-size", "48", "--steps", "80", "--seconds", "0.1")
         run(command, folder, *few)
+    elif "imageio" in command:
+        run(command, folder)
+        images = [folder / f"{i:03}.png" for i in range(0, 100, 20)]
+        assert sorted(folder.glob("[0-9]*.png")) == images
     elif "--resume" in command:
         run(command, folder)
     elif "--evaluate" in command:
