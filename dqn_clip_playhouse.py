@@ -49,7 +49,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 # before mujoco: it imports torch, which must be loaded before GL
-from clip_reward import CLIPReward, contrastive_reward, goal_baseline_reward
+from clip_reward import CLIPReward, auto_precision, contrastive_reward, goal_baseline_reward
 
 
 def check(condition: object, message: str) -> None:
@@ -142,7 +142,7 @@ class Args:
     clip_model: str = str(Path(__file__).resolve().parent / "tests" / "tiny_clip")
     """folder, ARCH/TAG or ARCH/FILE of open_clip, or hf-hub:ID"""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """of CLIP; auto is bf16 on CUDA (older than Ampere: take fp32), or a CPU with AMX"""
+    """of CLIP; auto is bf16 on CUDA (older than Ampere: take fp32), or a CPU that is fast at it"""
     compile: bool = False
     """torch.compile CLIP's image tower and the updates (it takes a C++ compiler), which on CUDA
     become one CUDA graph"""
@@ -1546,9 +1546,7 @@ def main() -> None:
     remedy = "take cpu, install a CUDA build of torch, or lower --nproc-per-node"
     check(device == "cpu" or gpus > LOCAL_RANK, f"--device {device}: {gpus} GPU(s) here; {remedy}")
     if args.precision == "auto":  # settled here, so that a resumed run keeps it
-        # torch.cuda.is_bf16_supported would start CUDA before the fork
-        has_bf16 = device == "cuda" or torch.cpu._is_amx_tile_supported()
-        args.precision = "bf16" if has_bf16 else "fp32"
+        args.precision = auto_precision(device)
     # The workers are forked before this process touches CUDA, and never touch it themselves.
     envs = make_envs(args, args.num_envs, args.frame_size)
     record = RANK == 0 and (args.capture_video or args.evaluate is not None)

@@ -56,7 +56,8 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from clip_reward import CLIPReward  # before mujoco: torch must load ahead of the first GL context
+# Before mujoco: torch must load ahead of the first GL context
+from clip_reward import CLIPReward, auto_precision
 
 
 def check(condition: object, message: str) -> None:
@@ -139,7 +140,7 @@ class Args:
     """folder, ARCH/TAG or ARCH/FILE of open_clip, or hf-hub:ID"""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """of CLIP; bf16 lets the networks multiply below float32 too (TF32 on CUDA, bf16 on a CPU);
-    auto is bf16 on CUDA (older than Ampere: take fp32) and on a CPU with AMX"""
+    auto is bf16 on CUDA (older than Ampere: take fp32) and on CPUs that are fast at it"""
     compile: bool = False
     """torch.compile CLIP's image tower and the updates (it takes a C++ compiler), which on CUDA
     become one CUDA graph"""
@@ -992,9 +993,7 @@ def main() -> None:
     remedy = "take cpu, install a CUDA build of torch, or lower --nproc-per-node"
     check(device == "cpu" or gpus > LOCAL_RANK, f"--device {device}: {gpus} GPU(s) here; {remedy}")
     if args.precision == "auto":  # settled here, so that a resumed run keeps it
-        # torch.cuda.is_bf16_supported would start CUDA before the fork
-        has_bf16 = device == "cuda" or torch.cpu._is_amx_tile_supported()
-        args.precision = "bf16" if has_bf16 else "fp32"
+        args.precision = auto_precision(device)
     # The workers are forked before this process touches CUDA or loads CLIP.
     envs = make_envs(args, args.num_envs, args.frame_size if args.reward == "clip" else 0)
     record = RANK == 0 and (args.capture_video or args.evaluate is not None)

@@ -39,7 +39,7 @@ import numpy as np
 import open_clip
 import torch
 import tyro
-from clip_reward import CLIPReward
+from clip_reward import CLIPReward, auto_precision
 from safetensors.torch import save_file
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -312,15 +312,14 @@ def clip_stage(args: Args) -> dict:
     device = settings.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    bf16 = settings.precision == "bf16" or settings.precision == "auto" and (
-        device == "cuda" or torch.cpu._is_amx_tile_supported()
-    )  # fmt: skip
+    precision = settings.precision
+    if precision == "auto":
+        precision = auto_precision(device)
     torch.set_num_threads(1)
     task = sac_clip_humanoid.TASKS["kneeling"]
     prompts, baseline = [task.goal], sac_clip_humanoid.BASELINE
     if args.script == "dqn":
         prompts, baseline = [goal.prompt for goal in script.GOALS], settings.baseline
-    precision = "bf16" if bf16 else "fp32"
     clip = CLIPReward(settings.clip_model, prompts, baseline, device=device, precision=precision)
     each_step = args.script == "dqn" and settings.policy_input == "clip"  # the policy needs it
     count = settings.num_envs * (1 if each_step else settings.score_every)
@@ -332,7 +331,8 @@ def clip_stage(args: Args) -> dict:
     with FlopCounterMode(display=False) as counter:
         clip(frames[:1])
     side = 8192 if device == "cuda" else 1024
-    a = torch.randn(side, side, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    a = torch.randn(side, side, device=device, dtype=dtype)
     matmul = clock(lambda: (a @ a)[0, 0].item(), args.seconds)[0]
     return {
         "clip": (seconds / count / steps_per_frame(args), cpu / count / steps_per_frame(args)),

@@ -16,7 +16,12 @@ from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 
 import clip_reward
-from clip_reward import CLIPReward, contrastive_reward, goal_baseline_reward
+from clip_reward import (
+    CLIPReward,
+    auto_precision,
+    contrastive_reward,
+    goal_baseline_reward,
+)
 
 GOALS = ["a humanoid robot kneeling", "a humanoid robot standing up"]
 BASELINE = "a humanoid robot"
@@ -419,6 +424,28 @@ def test_a_goal_that_is_the_baseline_is_refused(random_clip, goal):
 def test_values_out_of_range_are_refused(random_clip, options, message):
     with pytest.raises(ValueError, match=message):
         CLIPReward(**{"model": str(random_clip), "goals": GOALS, "baseline": BASELINE} | options)
+
+
+@pytest.mark.parametrize(
+    ("device", "vendor", "amx", "avx512_bf16", "precision"),
+    [
+        ("cuda", "", False, False, "bf16"),
+        ("cpu", "GenuineIntel", True, True, "bf16"),
+        ("cpu", "GenuineIntel", False, True, "fp32"),
+        ("cpu", "AuthenticAMD", False, True, "bf16"),
+        ("cpu", "AuthenticAMD", False, False, "fp32"),
+        ("cpu", None, False, False, "fp32"),  # no Linux
+    ],
+)
+def test_auto_precision_is_the_faster_one(device, vendor, amx, avx512_bf16, precision, monkeypatch):
+    def read_text(path):
+        assert str(path) == "/proc/cpuinfo" and vendor is not None
+        return f"vendor_id: {vendor}"
+
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
+    monkeypatch.setattr(Path, "read_text", read_text)
+    assert auto_precision(device) == precision
 
 
 BROKEN_MODELS = {

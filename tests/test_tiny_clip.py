@@ -153,9 +153,11 @@ def test_its_reward_tells_goal_states_from_others(reward):
         assert auc(rewards[:, i].astype(float), labels[:, i]) > 0.9, name
 
 
-def test_training_makes_a_clip_that_loads(tmp_path, capsys):
+def test_training_makes_a_clip_that_loads(tmp_path, capsys, monkeypatch):
     """Both worlds; then another tower, which starts anew and has the first as its teacher."""
     few = {"states": 300, "homes": 100, "searches": 0, "batch_size": 12, "resolution": 72}
+    precisions = iter(["bf16", "fp32"])
+    monkeypatch.setattr(train_tiny_clip, "auto_precision", lambda device: next(precisions))
     vit = {"start": tmp_path / "resnet", "width": 64, "layers": (1,), "patch": 16}
     for tower, flags in (("resnet", {"width": 8}), ("vit", vit)):
         args = train_tiny_clip.Args(output=tmp_path / tower, tower=tower, steps=4, **flags, **few)

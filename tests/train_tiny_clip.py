@@ -33,6 +33,7 @@ from typing import Literal, NamedTuple
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 # First: it puts torch before the first GL context.
 from sac_clip_humanoid import ACTION_SCALE, Actor, HumanoidEnv, Normaliser
+from clip_reward import auto_precision
 
 import home_states
 import mujoco
@@ -862,7 +863,7 @@ def main(args: Args) -> None:
         told = [np.flatnonzero(truth.any((1, 2))) for truth in np.moveaxis(home_truths > 0.5, 1, 0)]
         told = [index for index in [told[0], told[0], *told] if len(index)]  # find is the hardest
 
-    fast_bf16 = torch.cpu._is_amx_tile_supported()  # AVX512-BF16 alone is slower than fp32
+    fast_bf16 = auto_precision("cpu") == "bf16"
     config = {
         "embed_dim": 128,
         "vision_cfg": {
@@ -1006,8 +1007,8 @@ def main(args: Args) -> None:
         """Of the toys' names, colours and kinds, and of the landmarks: what each cell of the homes
         is told by, from the embeddings of all choices and the shares [B, S, 9, 9]. Close-ups tear
         a landmark into pieces, so those are told in the `homes` first images alone."""
-        pool, x = visual.attnpool, features["cells"][-len(shown) :]
-        x = F.normalize(pool.c_proj(pool.v_proj(x.movedim(1, -1))).float(), dim=-1)  # [B, h, w, D]
+        pool, x = visual.attnpool, features["cells"][-len(shown) :].float()
+        x = F.normalize(pool.c_proj(pool.v_proj(x.movedim(1, -1))), dim=-1)  # [B, h, w, D]
         # The last stage halves an odd map without its last row and column.
         seen = home_states.CELLS * 2 * x.shape[1] // features["map"].shape[-1]
         shares = F.adaptive_avg_pool2d(torch.from_numpy(shown)[..., :seen, :seen], x.shape[1:3])
