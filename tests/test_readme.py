@@ -15,6 +15,7 @@ sys.path.insert(0, str(ROOT))
 import sac_clip_humanoid
 
 import numpy as np
+import plot_results
 import tyro
 
 README = (ROOT / "README.md").read_text()
@@ -136,3 +137,57 @@ def test_python_block():
     scope = {"frames": frames}
     exec(code, scope)
     assert scope["rewards"].shape == (3, 1)
+
+
+def reports(experiment: str) -> list[dict]:
+    result = json.loads((ROOT / "tests" / "results" / f"{experiment}.json").read_text())
+    return [run["report"] for run in result["runs"]]
+
+
+def percents(rates: list[float]) -> str:
+    return ", ".join(f"{int(100 * rate + 0.5)}" for rate in rates) + "%"
+
+
+def test_the_tables_of_poses_say_what_the_results_say():
+    names = {
+        "kneeling": "kneeling", "lotus": "lotus", "standing": "standing",
+        "both arms raised": "arms_raised", "side splits": "splits",
+        "hands on hips": "hands_on_hips", "arms crossed": "arms_crossed", "one leg": "one_leg",
+    }  # fmt: skip
+    short = {}
+    for name, task in names.items():
+        best, last = ([report[agent] for report in reports(task)] for agent in ("best", "last"))
+        short[name] = percents([agent["success_rate"] for agent in best])
+        returns = [int(10 * agent["clip_return"] + 0.5) / 10 for agent in best]
+        cells = [
+            short[name],
+            percents([agent["success_rate"] for agent in last]),
+            percents([agent["goal_state"] for agent in best]),
+            ", ".join(map(str, returns)),
+            f"{plot_results.PAPER[task]}%",
+        ]
+        rows = re.findall(rf"^\| {name}(?:, seeds [\d, ]+)? \| (.*) \|$", README, re.MULTILINE)
+        assert cells in [row.split(" | ") for row in rows], (name, cells)
+    head, _, cells = README.split("| kneeling | ")[1].split("\n")[:3]
+    columns = ["kneeling", *head.removesuffix(" |").split(" | ")]
+    shown = dict(zip(columns, cells.strip("| ").split(" | "), strict=True))
+    shown["both arms raised"] = shown.pop("arms raised")
+    assert shown == short
+
+
+def test_the_table_of_the_playhouse_says_what_the_results_say():
+    for experiment, agent, row in (
+        ("playhouse", "last", "the last"),
+        ("playhouse_relabel", "last", "the last of `--relabel-fraction 0.5`"),
+        ("playhouse_env", "last", "the last of `--reward env`, seed 1"),
+        ("playhouse", "random", "random"),
+    ):
+        rows = README.split("## The playhouse")[1].split(f"\n| {row} | ")[1]
+        for split, line in zip(("train", "heldout"), rows.split("\n")[:2], strict=True):
+            names = [f"success_rate_{family}" for family in ("find", "lift", "place")]
+            names.append("success_rate")
+            expected = [
+                percents([report[agent][split][name] for report in reports(experiment)])
+                for name in names
+            ]
+            assert line.strip("| ").split(" | ")[1:] == expected, (row, split)
