@@ -142,7 +142,8 @@ class Args:
     clip_model: str = str(Path(__file__).resolve().parent / "tests" / "tiny_clip")
     """folder, ARCH/TAG or ARCH/FILE of open_clip, or hf-hub:ID"""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """of CLIP; auto is bf16 on CUDA (older than Ampere: take fp32), or a CPU that is fast at it"""
+    """of CLIP; bf16 lets the network's convolutions multiply below float32 too (TF32 on CUDA); auto
+    is bf16 on CUDA (older than Ampere: take fp32) and on CPUs that are fast at it"""
     compile: bool = False
     """torch.compile CLIP's image tower and the updates (it takes a C++ compiler), which on CUDA
     become one CUDA graph"""
@@ -1575,6 +1576,7 @@ def main() -> None:
     text = goal_texts(clip)  # [240, 4, D]
     train_goals, heldout_goals = goals_for(args, TRAIN_GOALS), goals_for(args, HELDOUT_GOALS)
 
+    torch.backends.cudnn.allow_tf32 = args.precision == "bf16"  # in convolutions, on CUDA
     torch.manual_seed(args.seed)
     # The network sees CLIP's embeddings along the (at most 128) directions that the texts span.
     named = text[: len(TRAIN_GOALS)].flatten(0, 1)
