@@ -67,7 +67,7 @@ def contrastive_reward(rewards: torch.Tensor, temperature: float) -> torch.Tenso
 
 def auto_precision(device: str) -> Literal["fp32", "bf16"]:
     """The faster one for CLIP: bf16 on CUDA (older than Ampere: take fp32), and on a CPU with AMX
-    or AMD's AVX512-BF16; with Intel's AVX512-BF16 alone it is slower than fp32. Starts no CUDA."""
+    or AMD's AVX512-BF16, which alone was slower than fp32 on another CPU. Starts no CUDA."""
     if device == "cpu" and not torch.cpu._is_amx_tile_supported():
         has_bf16 = torch.cpu._is_avx512_bf16_supported()
         if not has_bf16 or "AuthenticAMD" not in Path("/proc/cpuinfo").read_text():

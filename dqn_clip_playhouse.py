@@ -210,7 +210,7 @@ def check_args(args: Args) -> None:
         require(name, value is None or 0 < value < math.inf, "must be finite and greater than 0")
     for name in ("alpha", "false_positive_rate", "epsilon_end", "relabel_fraction", "in_hand"):
         require(name, 0 <= getattr(args, name) <= 1, "must lie between 0 and 1")
-    require("worker_timeout", args.worker_timeout < 2e6, "must be less than 2e6 seconds")
+    require("worker_timeout", args.worker_timeout < 2e6, "must be below 2e6 seconds")  # 2**31 ms
     require("seed", 0 <= args.seed < 2**63, "must be at least 0 and less than 2**63")
     require("gamma", 0 <= args.gamma < 1, "must be at least 0 and less than 1")
     require("explore_steps", args.explore_steps >= 1, "must be at least 1")
@@ -1096,7 +1096,7 @@ def calibrate(scores: torch.Tensor, reached: torch.Tensor | None, rate: float) -
 
 def after_stage_one(reached: torch.Tensor, carried: torch.Tensor, stage_one: torch.Tensor):
     """What of `reached` [T, N, 240] counts: a place goal only where CLIP saw the toy in the hand
-    before, in the same episode, and does not see it there now. Also returns `carried` after them.
+    before, in the same episode, and does not see it there now. Also returns the new `carried`.
 
     `stage_one` [240] is the lift goal of each place goal, and every other goal itself. `carried`
     [N, 240]: was stage one reached before these steps?
@@ -1271,7 +1271,7 @@ class Replay:
         chunk = {name: ring[blocks].cpu() for name, ring in self.data.items()}
         atomic_save(chunk, folder / f"{first}-{self.head}.pt")
         for path in folder.glob("*-*.pt"):
-            if int(path.stem.split("-")[1]) <= first - self.slots:  # gone before the old last.pt
+            if int(path.stem.split("-")[1]) <= first - self.slots:  # no use to the old last.pt
                 path.unlink()
 
     def load(self, folder: Path, head: int) -> None:

@@ -188,7 +188,7 @@ def check_args(args: Args) -> None:
                  "updates_per_step", "learning_rate", "tau", "reward_scale", "hidden",
                  "initial_ent_coef", "worker_timeout", "action_repeat", "actor_tau"):  # fmt: skip
         require(name, 0 < getattr(args, name) < math.inf, "must be finite and greater than 0")
-    require("worker_timeout", args.worker_timeout < 2e6, "must be less than 2e6 seconds")
+    require("worker_timeout", args.worker_timeout < 2e6, "must be below 2e6 seconds")  # 2**31 ms
     require("seed", 0 <= args.seed < 2**63, "must be at least 0 and less than 2**63")
     divides = MAX_STEPS % args.action_repeat == 0
     require("action_repeat", divides, f"must divide the {MAX_STEPS} steps of an episode")
@@ -699,7 +699,7 @@ class Replay:
         }
         atomic_save(part, folder / f"{start}-{self.head}.pt")
         for path in folder.glob("*-*.pt"):
-            if int(path.stem.split("-")[1]) <= first - self.rows:  # gone before the old last.pt
+            if int(path.stem.split("-")[1]) <= first - self.rows:  # no use to the old last.pt
                 path.unlink()
 
     def load(self, folder: Path, head: int) -> None:

@@ -210,7 +210,7 @@ def train(command: str, folder: Path, runs: Path) -> dict:
 
 
 def missing(experiment: Experiment, path: Path) -> list[int]:
-    """The seeds of which its file lacks a run; [0] if it has no seeds, and no file of today."""
+    """The seeds of which its file lacks a run; [0] if it has no seeds, and no file of this CLIP."""
     result = json.loads(path.read_text()) if path.exists() else None
     today, named = digest(HERE / "tiny_clip"), "--clip-model" in experiment.command
     if not experiment.seeds:

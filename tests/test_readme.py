@@ -175,9 +175,23 @@ def test_the_tables_of_poses_say_what_the_results_say():
     assert shown == short
 
 
+def test_the_table_of_kneeling_says_what_the_results_say():
+    (report,), (without,) = reports("kneeling"), reports("no_layer_norm")
+    for agent in ("best", "last", "random", "zero"):
+        (row,) = re.findall(rf"^\| {agent} \| (\d+% \| .*) \|$", README, re.MULTILINE)
+        numbers = report[agent]
+        assert row.split(" | ") == [
+            percents([numbers["success_rate"]]),
+            percents([numbers["goal_state"]]),
+            f"{numbers['clip_return']:.1f}",
+            percents([without[agent]["success_rate"]]),
+        ]
+
+
 def test_the_table_of_the_playhouse_says_what_the_results_say():
     for experiment, agent, row in (
         ("playhouse", "last", "the last"),
+        ("playhouse", "best", "the best in the eyes of CLIP, of 280,000 and 240,000 steps"),
         ("playhouse_relabel", "last", "the last of `--relabel-fraction 0.5`"),
         ("playhouse_env", "last", "the last of `--reward env`, seed 1"),
         ("playhouse", "random", "random"),
