@@ -24,6 +24,7 @@ from clip_accuracy import Generator, auc
 from clip_reward import CLIPReward
 import open_clip
 import torch
+from safetensors.torch import load_file
 import home_states
 from home_states import (
     CELLS,
@@ -170,6 +171,17 @@ def test_training_makes_a_clip_that_loads(tmp_path, capsys, monkeypatch):
     assert re.search(r"\d+ of \d+ parts of it are those of", capsys.readouterr().out)
 
 
+def test_statistics_are_fixed_at_the_end_of_a_training(tmp_path):
+    few = {"states": 300, "searches": 0, "batch_size": 12, "resolution": 72, "width": 4, "steps": 2}
+    ran = {}
+    for share in (1, 0.5, 0):
+        args = train_tiny_clip.Args(output=tmp_path / str(share), fixed_statistics=share, **few)
+        train_tiny_clip.main(args)
+        weights = load_file(args.output / "open_clip_model.safetensors")
+        ran[share] = weights["visual.bn1.num_batches_tracked"].item()
+    assert ran == {1: 0, 0.5: 1, 0: 2}
+
+
 def test_a_deeper_resnet_starts_as_the_one_that_it_goes_on_from():
     config = json.loads((FOLDER / "open_clip_config.json").read_text())["model_cfg"]
     known = open_clip.create_model(f"local-dir:{FOLDER}").eval()
@@ -222,6 +234,7 @@ def test_frames_that_do_not_divide_into_cells_are_refused_in_one_line():
     ("flags", "message"),
     [
         ({"home_share": 1.0}, "--home-share 1.0"),
+        ({"fixed_statistics": 1.5}, "--fixed-statistics 1.5"),
         ({"adversaries": ("splits", "split")}, "--adversaries split: choose from kneeling"),
         ({"adversaries": ("splits",), "searches": 0}, "--searches 0"),
         ({"adversaries": ("splits",), "adversary_steps": 5000}, "--adversary-steps 5000"),

@@ -84,6 +84,9 @@ class Args:
     """captions per step, half of them true of an image of the batch"""
     learning_rate: float = 1e-3
     """peak of the cosine schedule"""
+    fixed_statistics: float = 0.5
+    """share of the training, at its end, in which a resnet's norms keep the running statistics that
+    it will be used with: what it says of a frame wavers with those of the batch around it"""
     tower: Literal["resnet", "vit"] = "resnet"
     """for images: a toy is smaller than a patch that a vision transformer could afford"""
     width: int = 16
@@ -821,6 +824,8 @@ def main(args: Args) -> None:
         sys.exit(f"--home-share {args.home_share}: must lie between 0 and 1")
     if unknown := [task for task in args.adversaries if task not in PROMPTS]:
         sys.exit(f"--adversaries {unknown[0]}: choose from {', '.join(PROMPTS)}")
+    if not 0 <= args.fixed_statistics <= 1:
+        sys.exit(f"--fixed-statistics {args.fixed_statistics}: must lie between 0 and 1")
     if args.adversaries and not args.searches:
         sys.exit("--searches 0: adversaries come with a search; take 1 or more")
     if args.adversaries and args.adversary_steps <= 5000:  # the script's --learning-starts
@@ -1024,6 +1029,7 @@ def main(args: Args) -> None:
 
     mean, std = torch.tensor([OPENAI_DATASET_MEAN, OPENAI_DATASET_STD]).view(2, 1, 3, 1, 1)
     encode_image = torch.compile(model.encode_image) if args.compile else model.encode_image
+    norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
     telling, start, step, searches = telling_states(states), time.time(), 0, 0
     words = set((args.start / "vocabulary.txt").read_text().split()) if args.start else set()
 
@@ -1047,7 +1053,9 @@ def main(args: Args) -> None:
             known = np.append(some, np.arange(scripted, len(states.frames))[-recent:])
             add(misjudged_states(score, pool, States(*(v[known] for v in states)), rng), MISJUDGED)
             telling, searches = telling_states(states), searches + 1
-        # One batch of both, so that a resnet's batch statistics are those it will be used with.
+        for norm in norms:
+            norm.train(progress < 1 - args.fixed_statistics)
+        # One batch of both, so that a resnet's statistics are those it will be used with.
         homes = round(args.home_share * args.batch_size) if args.homes else 0
         mosaic, count = 3 * homes // 8, args.captions // len(heads)
         parts = [humanoid_part(args.batch_size - homes, count)]
