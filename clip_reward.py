@@ -305,7 +305,7 @@ class CLIPReward(torch.nn.Module):
         if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[-1] != 3:
             raise ValueError(f"frames {frames.dtype} {list(frames.shape)}: not uint8 [B, H, W, 3]")
         device = self.goal.device
-        frames, outputs = frames.to(device), []
+        frames, outputs = frames.to(device, non_blocking=True), []  # at once if it is pinned
         size = self.batch_size or (32 if device.type == "cpu" else 128)
         for start in range(0, len(frames), size):
             images = self.preprocess(frames[start : start + size])

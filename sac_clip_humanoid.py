@@ -1065,7 +1065,7 @@ def main() -> None:
 
     clip_thread = ThreadPoolExecutor(1, initializer=start_clip)
 
-    def clip_rewards(frames: np.ndarray) -> np.ndarray:
+    def clip_rewards(frames: np.ndarray | torch.Tensor) -> np.ndarray:
         """CLIP's rewards [T, N, G] of frames [T, N, H, W, 3], times the steps each stands for."""
         rewards = clip(frames.reshape(-1, *frames.shape[2:])).unflatten(0, frames.shape[:2])
         return args.action_repeat * rewards.cpu().numpy()
@@ -1298,7 +1298,9 @@ def main() -> None:
         # ---- Hand the frames of several steps to CLIP's thread as one batch, and store the batch
         # before it, which was scored meanwhile.
         if len(pending) == args.score_every or cut:
-            frames = np.stack([row.frame for row in pending])  # [T, N, H, W, 3]
+            shape = len(pending), *frame.shape  # [T, N, H, W, 3]
+            frames = torch.empty(shape, dtype=torch.uint8, pin_memory=device == "cuda")
+            np.stack([row.frame for row in pending], out=frames.numpy())
             scoring.append((pending, score(frames) if score else None))
             pending = []
         # A checkpoint has nothing that is pending, so the last batch is waited for.

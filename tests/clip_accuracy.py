@@ -65,8 +65,8 @@ class Args:
 
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 COMBINATION = "a humanoid robot kneeling with both arms raised"  # in no training caption
-# What is done, told and commanded, instead of the state that a frame shows. CLIPs of our trainer
-# were taught the words of the first of each, and may have met it; of the second they were not.
+# What is done, told and commanded, instead of the state that a frame shows. The first of each has
+# only words that our trainer teaches, and may itself have been a caption; the second has others.
 VERBS = {
     "kneeling": ["a humanoid robot that kneels", "kneel"],
     "lotus": ["a humanoid robot that meditates in the lotus position", "sit down and meditate"],

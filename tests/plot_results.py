@@ -65,7 +65,8 @@ def kneeling(load: Callable[[str], dict]) -> plt.Figure:
     """What CLIP pays and what the predicate sees, over env steps and over time."""
     runs, without = load("kneeling")["runs"], load("no_layer_norm")["runs"]
     figure, axes = plt.subplots(2, 2, figsize=(9, 5), sharex="col", sharey="row")
-    plain = {"color": "lightgray", "zorder": 1, "label": "--no-layer-norm"}
+    label = f"--no-layer-norm, seeds: {len(without)}"
+    plain = {"color": "lightgray", "zorder": 1, "label": label}
     for experiment, style in ((without, plain), (runs, {"label": "default"})):
         green, purple = ({"color": f"tab:{name}"} | style for name in ("green", "purple"))
         both_axes(axes[0], "success rate / %", experiment, "success_rate", 100, **green)

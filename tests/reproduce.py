@@ -6,8 +6,9 @@
 
 A result is a small JSON file in `tests/results/`; what it has is not run again, and of several
 seeds those are run that it lacks. What had other flags or another bundled CLIP does not count.
-Runs go to `runs/reproduce/`, and one that was interrupted is resumed. The CLIPs that some
-experiments are about are trained first, each in one go, and kept in `runs/reproduce/clips/`.
+Runs go to `runs/reproduce/`, where one that was interrupted is resumed, and one of other flags or
+another CLIP is in the way. The CLIPs that some experiments are about are trained first, each in one
+go, and kept in `runs/reproduce/clips/`.
 """
 
 # ruff: noqa: E402, I001
@@ -152,7 +153,7 @@ def command_line(command: str, runs: Path) -> list[str | Path]:
     _, script, *words = shlex.split(command)
     for i, word in enumerate(words):
         if word.startswith(f"{RUNS}/clips/"):
-            folder = runs.resolve() / "clips" / Path(word).name
+            folder = runs / "clips" / Path(word).name
             words[i] = str(folder)
             if not folder.exists():
                 part = folder.with_suffix(".part")
@@ -161,7 +162,7 @@ def command_line(command: str, runs: Path) -> list[str | Path]:
                 part.rename(folder)
         elif word.startswith(f"{RUNS}/"):
             name = word.removeprefix(f"{RUNS}/")
-            found = sorted(runs.resolve().glob(name))
+            found = sorted(runs.glob(name))
             if not found:
                 first = f"python tests/reproduce.py {Path(name).parts[0]}"
                 sys.exit(f"{word}: no such run, which {script} is about; first {first}")
@@ -197,11 +198,16 @@ def summary(run: Path, command: str) -> dict:
 
 def train(command: str, folder: Path, runs: Path) -> dict:
     """Start the run in the folder, or go on with the one that is there, and summarise it."""
-    folder.mkdir(parents=True, exist_ok=True)
+    line = command_line(command, runs)
+    clip = line[line.index("--clip-model") + 1] if "--clip-model" in line else HERE / "tiny_clip"
+    started, known = {"command": command, "clip": digest(clip)}, folder / "experiment.json"
     checkpoints = sorted(folder.glob("runs/*/last.pt"))
     reports = sorted(folder.glob("runs/*/report.json"))
+    if checkpoints and (not known.exists() or json.loads(known.read_text()) != started):
+        sys.exit(f"{folder}: has a run of other flags or of another CLIP; move it away")
+    folder.mkdir(parents=True, exist_ok=True)
+    known.write_text(json.dumps(started))
     if not reports:
-        line = command_line(command, runs)
         if checkpoints:
             line[2:] = "--resume", str(checkpoints[-1].parent)
         subprocess.run(line, cwd=folder, check=True)
@@ -214,8 +220,8 @@ def missing(experiment: Experiment, path: Path) -> list[int]:
     result = json.loads(path.read_text()) if path.exists() else None
     today, named = digest(HERE / "tiny_clip"), "--clip-model" in experiment.command
     if not experiment.seeds:
-        there = result is not None and (named or result.get("clip", today) == today)
-        return [0] * (not there)
+        same = result is not None and result["command"] == experiment.command
+        return [0] * (not (same and (named or result.get("clip", today) == today)))
     runs = result["runs"] if result else []
     made = {run["command"] for run in runs if named or run.get("clip") == today}
     commands = [f"{experiment.command} --seed {seed}" for seed in range(1, experiment.seeds + 1)]
@@ -243,8 +249,9 @@ def measure(name: str, path: Path, runs: Path) -> None:
     line = command_line(command, runs)
     if "--json" not in line:
         subprocess.run([*line, "--output", path], cwd=HERE.parent, check=True)
+        path.write_text(dump(json.loads(path.read_text()) | {"command": command}))
         return
-    output = subprocess.run(line, cwd=HERE.parent, check=True, capture_output=True, text=True)
+    output = subprocess.run(line, cwd=HERE.parent, check=True, stdout=subprocess.PIPE, text=True)
     print(output.stdout)
     numbers = json.loads(output.stdout.splitlines()[-1])
     path.write_text(dump({"what": what, "command": command, **numbers}))
@@ -270,17 +277,18 @@ def main(args: Args) -> None:
                 state = f"{seeds - len(lacks)} of {seeds}"
             print(f"{name:20} {state:8} {hours:5.2f} h  {what}\n{'':38}{command}")
         for name, flags in CLIPS.items():
-            print(f"{RUNS}/clips/{name}\n{'':38}python tests/train_tiny_clip.py {flags}")
+            folder = f"{RUNS}/clips/{name}"
+            print(f"{folder}\n{'':38}python tests/train_tiny_clip.py {flags} --output {folder}")
         return
     for name in EXPERIMENTS if args.all else args.names:
-        path = args.results / f"{name}.json"
+        path = args.results.resolve() / f"{name}.json"
         if not missing(EXPERIMENTS[name], path):
             print(f"{name}: {path} is there; delete it to run the experiment again")
             continue
         if EXPERIMENTS[name].seeds:
-            train_seeds(name, path, args.runs)
+            train_seeds(name, path, args.runs.resolve())
         else:
-            measure(name, path, args.runs)
+            measure(name, path, args.runs.resolve())
         print(f"{name}: {path}")
 
 

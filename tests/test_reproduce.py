@@ -44,6 +44,8 @@ def test_an_interrupted_run_is_resumed_and_a_result_is_kept(
     folder = tmp_path / "runs" / "short" / "1"
     folder.mkdir(parents=True)
     run = kill_after_a_checkpoint("sac_clip_humanoid.py", folder, *flags, "--seed", "1")
+    started = {"command": f"{command} --seed 1", "clip": reproduce.digest(random_clip)}
+    (folder / "experiment.json").write_text(json.dumps(started))
     args = reproduce.Args(("short",), results=tmp_path, runs=tmp_path / "runs")
     reproduce.main(args)
     assert (run / "report.json").exists()
@@ -112,17 +114,58 @@ def test_seeds_that_a_result_lacks_are_added_one_by_one(tmp_path, monkeypatch, c
     }
 
 
-def test_numbers_of_another_bundled_clip_are_measured_again(tmp_path):
+def test_numbers_of_another_bundled_clip_or_of_other_flags_are_measured_again(tmp_path):
     today = reproduce.digest(reproduce.HERE / "tiny_clip")
     lacks = {"none": True, today: False, "another": True}
     for name in ("clip_accuracy", "home_accuracy", "unseen_prompts"):
-        path = tmp_path / f"{name}.json"
+        path, command = tmp_path / f"{name}.json", reproduce.EXPERIMENTS[name].command
         for clip, again in lacks.items():
             if clip != "none":
-                path.write_text(json.dumps({"clip": clip}))
+                path.write_text(json.dumps({"command": command, "clip": clip}))
             assert bool(reproduce.missing(reproduce.EXPERIMENTS[name], path)) == again
-    path.write_text(json.dumps({"clip": "w4"}))  # that its command names
-    assert not reproduce.missing(reproduce.EXPERIMENTS["w4_on_default"], path)
+        path.write_text(json.dumps({"command": f"{command} --states 300", "clip": today}))
+        assert reproduce.missing(reproduce.EXPERIMENTS[name], path)
+    named = reproduce.EXPERIMENTS["w4_on_default"]  # whose command names the CLIP
+    path.write_text(json.dumps({"command": named.command, "clip": "w4"}))
+    assert not reproduce.missing(named, path)
+
+
+def test_a_program_s_result_has_the_command_that_was_asked_for(tmp_path, monkeypatch):
+    """Not where this machine keeps what it names."""
+    experiment = reproduce.EXPERIMENTS["w4_on_default"]
+
+    def run(line, **options):
+        (line[-1]).write_text(json.dumps({"command": shlex.join(map(str, line)), "clip": "w4"}))
+
+    monkeypatch.setattr(reproduce.subprocess, "run", run)
+    (tmp_path / "clips" / "w4").mkdir(parents=True)
+    path = tmp_path / "w4_on_default.json"
+    reproduce.measure("w4_on_default", path, tmp_path)
+    assert json.loads(path.read_text()) == {"command": experiment.command, "clip": "w4"}
+    assert not reproduce.missing(experiment, path)
+
+
+def test_a_run_of_other_flags_or_of_another_clip_is_not_taken_for_this_one(tmp_path, monkeypatch):
+    started = []
+
+    def run(line, cwd, check):
+        started.append(line[2:])
+        (cwd / "runs" / "one").mkdir(parents=True, exist_ok=True)
+        (cwd / "runs" / "one" / "last.pt").touch()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(reproduce.subprocess, "run", run)
+    folder, command = tmp_path / "kneeling" / "1", "python sac_clip_humanoid.py --seed 1"
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            reproduce.train(command, folder, tmp_path)
+    assert started == [["--seed", "1"], ["--resume", str(folder / "runs" / "one")]]
+    with pytest.raises(SystemExit, match="move it away"):
+        reproduce.train(f"{command} --alpha 1", folder, tmp_path)
+    monkeypatch.setattr(reproduce, "digest", lambda clip: "another")
+    with pytest.raises(SystemExit, match="move it away"):
+        reproduce.train(command, folder, tmp_path)
+    assert len(started) == 2
 
 
 @pytest.mark.parametrize("name", ["clip_accuracy", "home_accuracy"])
@@ -176,7 +219,7 @@ def test_every_command_is_one_that_its_program_takes():
         _, script, *words = shlex.split(experiment.command)
         tyro.cli(programs[Path(script).stem].Args, args=words)
     for flags in reproduce.CLIPS.values():
-        tyro.cli(train_tiny_clip.Args, args=shlex.split(flags))
+        tyro.cli(train_tiny_clip.Args, args=["--output", "clip", *shlex.split(flags)])
 
 
 def test_the_list_names_every_experiment(capsys):

@@ -482,7 +482,11 @@ def test_one_agent_for_all_tasks(tmp_path, random_clip):
     assert result.returncode == 0 and "best:" in result.stdout, result.stderr
     script, output = Path(__file__).parent / "unseen_prompts.py", tmp_path / "unseen.json"
     flags = ["--episodes", "1", "--num-envs", "4", "--output", output]
-    result = subprocess.run([sys.executable, script, whole, *flags], capture_output=True, text=True)
+    line = [sys.executable, script, whole, *flags]
+    other = [*line, "--clip-model", tiny_clip]
+    result = subprocess.run(other, capture_output=True, text=True)
+    assert result.returncode == 2 and "not the CLIP of" in result.stderr and not output.exists()
+    result = subprocess.run(line, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     result = json.loads(output.read_text())
     assert result["clip"] == digest(random_clip)

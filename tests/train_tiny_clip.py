@@ -1,7 +1,8 @@
-"""Train the bundled tiny CLIP from scratch, on renders of our worlds and captions of their states.
+"""Train a tiny CLIP like the bundled one, on renders of our worlds and captions of their states.
 
-    python tests/train_tiny_clip.py                        # under an hour on 2 CPU cores
-    python tests/train_tiny_clip.py --width 8              # a smaller one, for the scaling trend
+    python tests/train_tiny_clip.py --output FOLDER            # under an hour on 2 CPU cores
+    python tests/train_tiny_clip.py --output FOLDER --homes 60000    # one that knows homes too
+    python tests/train_tiny_clip.py --output FOLDER --width 8  # smaller, for the scaling trend
 
 States come from scripted poses with noise, from stiff settling on the floor, from physics after
 that, and from random falls. An agent visits what nobody scripted: whatever the CLIP overrates. So,
@@ -52,21 +53,21 @@ HERE = Path(__file__).parent
 
 @dataclass
 class Args:
-    output: Path = HERE / "tiny_clip"
+    output: Path
     """folder to write, in open_clip's own format"""
     start: Path | None = None
     """folder of a CLIP to train further, instead of a new one; a resnet may have more blocks, which
-    begin as the identity; any other image tower starts anew, and imitates its own at first where it
-    sees the humanoid"""
+    begin as the identity; any other image tower starts anew, and at first imitates that CLIP's on
+    frames of the humanoid"""
     minutes: float = 42.0
     """length of the training itself, after the rendering and without the adversaries; the learning
     rate decays to its end"""
     steps: int | None = None
     """its length in steps instead, so that it is the same on every machine"""
     states: int = 90_000
-    """rendered states of the humanoid"""
+    """rendered states of the humanoid, rounded up to thousands"""
     homes: int = 0
-    """states of the playhouse; 0 leaves them out"""
+    """states of the playhouse, likewise; 0 leaves them out"""
     home_share: float = 2 / 3
     """of each batch, three eighths of it close-ups, where there are states of the playhouse"""
     agents: tuple[Path, ...] = ()
@@ -81,7 +82,8 @@ class Args:
     batch_size: int = 128
     """images per step"""
     captions: int = 128
-    """captions per step, half of them true of an image of the batch"""
+    """random captions per step, shared by the worlds, up to half of them true of an image of the
+    batch; the choices of a home come on top"""
     learning_rate: float = 1e-3
     """peak of the cosine schedule"""
     fixed_statistics: float = 0.5
@@ -90,16 +92,18 @@ class Args:
     tower: Literal["resnet", "vit"] = "resnet"
     """for images: a toy is smaller than a patch that a vision transformer could afford"""
     width: int = 16
-    """of the image tower: channels after a resnet's stem (it ends with 32 times as many)"""
+    """of the image tower: channels after a resnet's stem (it ends with 32 times as many), or a
+    vision transformer's, a multiple of 64"""
     layers: tuple[int, ...] = (1, 2, 4, 2)
-    """of the image tower: blocks in each of a resnet's four stages, or of a vision transformer"""
+    """of the image tower: blocks in each of a resnet's four stages; a vision transformer has as
+    many as the first number says"""
     resolution: int = 144
     """of the frames in pixels"""
     patch: int = 24
     """in pixels, of a vision transformer"""
     textured: bool = True
     """the look of the humanoid in the frames"""
-    camera: str = "fixed"
+    camera: Literal["fixed", "track"] = "fixed"
     """the view of the frames"""
     compile: bool = False
     """torch.compile the image tower: a third faster for a resnet; needs a C++ compiler"""
@@ -227,7 +231,7 @@ def caption(attributes: tuple[str, ...], rng: np.random.Generator) -> str:
 # ---- States -------------------------------------------------------------------------------------
 
 # Joint targets in degrees, right side; the left shoulders mirror the sign. "right:" is one side
-# alone, "pitch" how far the pelvis leans forwards when the pose rests on the floor.
+# alone, "pitch" how far a straight trunk leans forwards when the pose rests on the floor.
 STANCE_POSES = {
     "stand": {},
     "stand_wide": {"hip_x": -12},
@@ -335,8 +339,10 @@ def scripted_state(env: HumanoidEnv, stiff: mujoco.MjModel, rng: np.random.Gener
         angles[:3] = rng.uniform(low[:3], high[:3])
     angles[:3] += rng.normal(0, np.deg2rad(8), 3)
     pitch, roll = np.deg2rad(STANCE_POSES[stance].get("pitch", 0)), 0.0
-    if pitch:  # seated or low: a back that is arched brings the trunk upright
-        angles[1] += np.deg2rad(rng.uniform(-10, 35))
+    if pitch:  # seated or low: an arched back brings the trunk upright, over a pelvis that stays
+        arch = np.deg2rad(rng.uniform(-10, 35))
+        angles[1] += arch
+        pitch -= arch
     if stance.startswith("one_leg"):  # the standing foot comes under the centre of mass
         roll = np.deg2rad(rng.uniform(0, 10)) * (1 if mirrored else -1)
     lean = np.deg2rad(rng.choice([3, 8, 20, 40, 90], p=[0.5, 0.25, 0.12, 0.08, 0.05]))
@@ -395,7 +401,7 @@ class Ramp(NamedTuple):
     one: float
 
 
-WIDTHS = np.array([[1], [4], [16]])  # of the ramps on the way to an attribute, in their own
+WIDTHS = np.array([[1], [4], [16]])  # of the ramps that progress averages, as multiples
 
 
 def graded(ramps: list[Ramp]) -> tuple[float, float]:
@@ -533,18 +539,22 @@ def conditions(env: HumanoidEnv) -> dict[str, list[Ramp]]:
 
 
 def geometry(env: HumanoidEnv) -> np.ndarray:
-    """What the auxiliary head regresses, in metres: where the body's parts are, and the gaps under
-    knees, feet and seat. As it is, and as a mirror would show it: [2, K]."""
+    """What the auxiliary head regresses: in metres where the body's parts are, and the gaps under
+    knees, feet and seat; and how upright it is. As it is, and as a mirror shows it: [2, K]."""
     names = [env.model.geom(i).name for i in range(1, env.model.ngeom)]
     other = [
         names.index(name.replace("right", "*").replace("left", "right").replace("*", "left"))
         for name in names
     ]
-    points = env.data.geom_xpos[1:] - [0, 0, 1]  # from where the camera looks
+    # From where the camera looks; a mirrored frame turns the axis that runs across it around.
+    if env.camera == "fixed":
+        points, mirror = env.data.geom_xpos[1:] - [0, 0, 1], [1, -1, 1]
+    else:  # it follows the centre of mass, and sees the body from its right
+        points, mirror = env.data.geom_xpos[1:] - env.data.subtree_com[1], [-1, 1, 1]
     p = env.pose()
     gaps = np.array([*p.clearance["knees"], *p.clearance["feet"], p.clearance["seat"]])
     gaps = np.clip(gaps, 0, 0.15)
-    sides = points, points[other] * [1, -1, 1]
+    sides = points, points[other] * mirror
     gaps = gaps, gaps[[1, 0, 3, 2, 4]]
     return np.float32([[*x.ravel(), *gap, p.upright] for x, gap in zip(sides, gaps, strict=True)])
 
@@ -663,6 +673,8 @@ def adversary_states(args: Args, pool: multiprocessing.pool.Pool, seed: int) -> 
         finally:  # none goes on when this program is stopped
             for agent in agents:
                 agent.terminate()
+            for agent in agents:
+                agent.wait()
         if failed:
             sys.exit("--adversaries: an agent's training failed; it says why above")
         runs = sorted(Path(folder).glob("runs/*"))
@@ -800,8 +812,8 @@ def telling_states(states: States) -> list[np.ndarray]:
 
 
 def start_from(folder: Path, model: torch.nn.Module) -> torch.nn.Module | None:
-    """Copy what fits the model of the CLIP in the folder; returns that CLIP, as a teacher, if some
-    of it did not, or left a new layer that is not the identity.
+    """Copy into the model what fits of the CLIP in the folder; returns that CLIP, as a teacher, if
+    some of it did not fit, or left a new layer that is not the identity.
 
     The blocks that a deeper resnet adds are: open_clip starts the last norm of each at 0.
     """
@@ -818,6 +830,8 @@ def start_from(folder: Path, model: torch.nn.Module) -> torch.nn.Module | None:
 def main(args: Args) -> None:
     if args.homes and args.resolution % home_states.CELLS:
         sys.exit(f"--resolution {args.resolution}: with --homes take a multiple of 9, as 144")
+    if args.tower == "vit" and args.width % 64:
+        sys.exit(f"--width {args.width}: with --tower vit take a multiple of 64, such as 192")
     if args.steps is not None and args.steps < 1:
         sys.exit(f"--steps {args.steps}: must be at least 1")
     if not 0 < args.home_share < 1:
@@ -992,7 +1006,8 @@ def main(args: Args) -> None:
     def loss_of(
         cosine: torch.Tensor, match: torch.Tensor, aim: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        """From [B, C]: the sigmoid loss, the correlation with the progress, how many are right."""
+        """From [B, C]: the sigmoid loss, the correlation with the progress, and the share of the
+        clear matches and mismatches that are told right."""
         logits = model.logit_scale.exp() * cosine + bias
         # Each caption weighs its matches as much as its mismatches, however rare they are.
         miss = 1 - match
@@ -1106,7 +1121,8 @@ def main(args: Args) -> None:
                     log.append("cells " + ", ".join(f"{loss:.3f}" for loss in losses))
         if teacher is not None:
             with torch.no_grad():
-                seen = F.normalize(teacher.encode_image(parts[0][0]), dim=-1)
+                frames = F.interpolate(parts[0][0], teacher.visual.image_size, mode="bilinear")
+                seen = F.normalize(teacher.encode_image(frames), dim=-1)
             total = total + (1 - progress) * (1 - (image_features[0] * seen).sum(1).mean())
         optimizer.zero_grad()
         total.backward()

@@ -1,4 +1,4 @@
-"""For tests of either script: start it as a user does, kill it, and read what it leaves."""
+"""Start either script as a user does, kill it, and read what it leaves."""
 
 import signal
 import subprocess
@@ -31,7 +31,9 @@ def start(script: str, folder: Path, *flags: str) -> subprocess.Popen:
     )  # fmt: skip
     deadline = time.time() + 300
     while not list(folder.glob("runs/*/last.pt")):
-        assert process.poll() is None and time.time() < deadline
+        if process.poll() is not None or time.time() > deadline:
+            process.kill()
+            raise AssertionError(f"no checkpoint: {process.communicate()[1][-2000:]}")
         time.sleep(0.05)
     return process
 
