@@ -17,9 +17,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 def torch_settings():
     """What a script that runs in this process sets, for itself alone."""
     threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    allow_tf32 = torch.backends.cudnn.allow_tf32
     yield
     torch.set_num_threads(threads)
     torch.set_float32_matmul_precision(precision)
+    torch.backends.cudnn.allow_tf32 = allow_tf32
 
 
 @pytest.fixture(scope="session")

@@ -232,7 +232,11 @@ def reward(random_clip) -> CLIPReward:
 @pytest.mark.parametrize("B", [0, 1, 3, 7])
 def test_any_number_of_frames(reward, B):
     frames = np.stack(pictures(*[(40, 50)] * 8))[:B]
+    batches = []
+    hook = reward.clip.visual.register_forward_pre_hook(lambda _, x: batches.append(len(x[0])))
     s = reward.encode_frames(frames)
+    hook.remove()
+    assert batches == {0: [], 1: [1], 3: [3], 7: [3, 3, 1]}[B]
     assert s.shape == (B, 64) and s.dtype == torch.float32
     assert torch.allclose(s.norm(dim=-1), torch.ones(B), atol=1e-6)
     for i in range(B):
@@ -484,6 +488,7 @@ def test_a_model_that_cannot_be_loaded_is_one_line(
     message = str(caught.value)
     assert message.startswith(f"--clip-model {name}: ") and "\n" not in message
     assert "; pass " in message and BROKEN_MODELS[model] in message
+    assert "loaded ()" not in message and "loaded; pass" not in message  # it says why
     assert capfd.readouterr().err == "" and not caplog.records
 
 

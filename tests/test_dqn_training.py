@@ -590,6 +590,7 @@ def test_to_place_a_toy_is_to_lift_it_first(tmp_path, random_clip):
     reached, goal, age = (
         torch.cat([part[k] for part in parts]) for k in ("reached", "goal", "age")
     )
+    assert age.max() == 96  # an episode has 100 steps, though a checkpoint comes after 200
     families = {True: [], False: []}
     for block in range(1, 100):
         for n in range(4):

@@ -22,7 +22,7 @@ import sac_clip_humanoid as sac
 import numpy as np
 import torch
 import torch.nn.functional as F
-from whole_runs import only_run
+from whole_runs import only_run, scalars
 
 close = functools.partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
 
@@ -99,7 +99,7 @@ class Digits(torch.nn.Module):
         return self.goal[: len(prompts)]
 
     def forward(self, frames):
-        return torch.from_numpy(frames[:, 0, 0, :2] @ np.array([[1.0], [1000.0]])).float()
+        return torch.as_tensor(frames)[:, 0, 0, :2].float() @ torch.tensor([[1.0], [1000.0]])
 
 
 TOYS = [goal for goal in dqn.TRAIN_GOALS if goal.place == "table"][:2]  # what each is to place
@@ -249,7 +249,7 @@ def test_dqn_targets_equal_a_slow_reference(world, monkeypatch):
 def test_sac_updates_equal_a_slow_reference(world, monkeypatch):
     _, start = world(sac, Bodies)
     flags = ["--reward", "env", "--gamma", 0.8, "--tau", 0.3, "--actor-tau", 0.1]
-    flags += ["--reward-scale", 5, "--initial-ent-coef", 0.2]
+    flags += ["--reward-scale", 5, "--initial-ent-coef", 0.2, "--learning-rate", 0.01]
     update, own = update_of(start, monkeypatch, *FLAGS, *SAC_FLAGS, *flags)
     critic, target, actor, agent = (own[name] for name in ("critic", "target", "actor", "agent"))
     rng, B = torch.Generator().manual_seed(0), 64
@@ -275,11 +275,24 @@ def test_sac_updates_equal_a_slow_reference(world, monkeypatch):
     # d/dx of -exp(x) * (log pi + the target entropy of -3), at exp(x) = 0.2
     expected = -0.2 * (log_pi.detach().mean() - 3)
     close(own["log_ent_coef"].grad, expected)
+    # A first step of Adam is as long as the learning rate.
+    close(own["log_ent_coef"].detach(), torch.tensor(math.log(0.2)) - 0.01 * expected.sign())
     for name, fast, tau in (("target", critic, 0.3), ("agent", actor, 0.1)):
         for now, old, new in zip(
             own[name].parameters(), slow[name].parameters(), fast.parameters(), strict=True
         ):
             close(now, old + tau * (new - old))
+
+
+def test_a_temperature_that_is_set_is_not_learned(world, monkeypatch):
+    _, start = world(sac, Bodies)
+    flags = ["--reward", "env", "--ent-coef", 0.2]
+    update, own = update_of(start, monkeypatch, *FLAGS, *SAC_FLAGS, *flags)
+    x, a, zero = torch.randn(4, 3), torch.zeros(4, 3), torch.zeros(4)
+    for _ in range(2):
+        losses = update(x, a, zero, x, zero, torch.stack([a, a]))
+    close(losses["ent_coef"], torch.tensor(0.2))
+    assert not own["log_ent_coef"].requires_grad
 
 
 @pytest.mark.parametrize("script", [sac, dqn])
@@ -372,11 +385,22 @@ def test_the_sac_loop_stores_each_frame_and_keeps_the_best(world, monkeypatch):
         return {"clip_return": value, "success_rate": -value}, None  # it must not select
 
     monkeypatch.setattr(sac, "evaluate", evaluate)
+    forward, batches = Digits.forward, []
+
+    def recorded(clip, frames):
+        batches.append(len(frames))
+        return forward(clip, frames)
+
+    monkeypatch.setattr(Digits, "forward", recorded)
     flags = ["--total-timesteps", 600, "--eval-every", 200, "--checkpoint-every", 200]
     start(*FLAGS, *SAC_FLAGS, *flags, "--updates-per-step", 0.1)
+    assert batches == 3 * [16, 16, 16, 16, 16, 16, 4]  # of 8 steps; an evaluation cuts one short
     run = only_run(Path())
     last, best = (torch.load(run / f"{name}.pt", weights_only=True) for name in ("last", "best"))
     assert (last["step"], best["step"]) == (600, 400)
+    assert {e.value for e in scalars(run)["charts/clip_return"]} == {52550}  # as s' goes to 50
+    assert not torch.backends.cudnn.allow_tf32
+    assert torch.get_float32_matmul_precision() == "highest"
     assert keys == [(1, sac.SELECTION)] * 3 + [(1, sac.REPORT)] * 4
     for state, action in zip((last, best), reported[2:], strict=True):
         agent, normaliser = sac.Actor(3, 3, 8), sac.Normaliser(3)
@@ -417,6 +441,38 @@ def test_the_sac_loop_stores_each_frame_and_keeps_the_best(world, monkeypatch):
     assert torch.load(run / "best.pt", weights_only=True)["step"] == 1000
 
 
+class Runners(Bodies):
+    """Paid what the step counts; the first one falls at step 20."""
+
+    def step_wait(self, timeout):
+        observation, _, _, truncated, info = super().step_wait(timeout)
+        return observation, self.step * 1.0, self.step == [20, 0], truncated, info
+
+
+def test_the_sac_loop_learns_from_the_environments_own_reward(world, monkeypatch):
+    _, start = world(sac, Runners)
+    returns = iter([1.0, 3.0, 2.0])
+
+    def evaluate(envs, policy, score, tasks, episodes, key, args):
+        value = next(returns) if key[1] == sac.SELECTION else 0.0
+        return {"episodic_return": value, "success_rate": -value}, None  # it must not select
+
+    monkeypatch.setattr(sac, "evaluate", evaluate)
+    flags = ["--reward", "env", "--total-timesteps", 600, "--updates-per-step", 1e-9]
+    start(*FLAGS, *SAC_FLAGS, *flags, "--eval-every", 200, "--checkpoint-every", 200)
+    run = only_run(Path())
+    assert torch.load(run / "best.pt", weights_only=True)["step"] == 400
+    parts = whole_replay(run)
+    s, _, r, terminated, _ = (
+        torch.cat(ring) for ring in zip(*(p["data"] for p in parts), strict=True)
+    )
+    rows = torch.cat([part["has_transition"] for part in parts]).nonzero()[:, 0]
+    step, env, _ = s[rows + 1].unbind(-1)
+    assert torch.equal(r[rows, :, 0], step)
+    fell = (step == 20) & (env == 0)
+    assert fell.any() and torch.equal(terminated[rows] > 0, fell)
+
+
 def test_the_dqn_loop_stores_blocks_mirrors_half_and_copies_its_target(world, monkeypatch):
     made, start = world(dqn, Homes)
     success = iter([1.0, 3.0, 2.0])
@@ -454,6 +510,7 @@ def test_the_dqn_loop_stores_blocks_mirrors_half_and_copies_its_target(world, mo
     run = only_run(Path())
     last, best = (torch.load(run / f"{name}.pt", weights_only=True) for name in ("last", "best"))
     assert (last["step"], best["step"], last["updates"], len(heads)) == (1200, 800, 80, 80)
+    assert not torch.backends.cudnn.allow_tf32
     assert torch.equal(last["target"]["head.weight"], heads[59])
     assert not torch.equal(heads[59], heads[79])
 
@@ -524,7 +581,8 @@ def test_the_dqn_loop_scores_its_frames_and_lifts_before_it_places(
     monkeypatch.setattr(dqn.QNetwork, "forward", recorded_forward)
     flags = ["--reward", "projection", "--beta", 0.5, "--policy-input", policy_input]
     flags += ["--total-timesteps", 1200, "--eval-every", 400, "--checkpoint-every", 400]
-    flags += ["--policy-size", 8, "--buffer-size", 2000, "--learning-starts", 400]
+    flags += ["--policy-size", 8, "--buffer-size", 2000, "--learning-starts", 400, "--no-mirror"]
+    monkeypatch.setattr(dqn, "mirror", None)
     start(*FLAGS, *flags, "--updates-per-step", 0.1)
     run = only_run(Path())
     last, best = (torch.load(run / f"{name}.pt", weights_only=True) for name in ("last", "best"))
@@ -632,7 +690,7 @@ def test_exploration_falls_keeps_its_actions_and_leaves_the_rest_to_the_policy(w
 @pytest.mark.parametrize(
     ("script", "flags", "expected"),
     [
-        (sac, [], ([sac.TASKS["kneeling"].goal], sac.BASELINE, 0.0)),
+        (sac, ["--compile"], ([sac.TASKS["kneeling"].goal], sac.BASELINE, 0.0)),
         (sac, ["--task", "all"], ([task.goal for task in sac.TASKS.values()], sac.BASELINE, 0.0)),
         (
             sac,
@@ -641,7 +699,7 @@ def test_exploration_falls_keeps_its_actions_and_leaves_the_rest_to_the_policy(w
         ),
         (
             dqn,
-            ["--baseline", "a home", "--alpha", 0.3, "--family", "find"],
+            ["--baseline", "a home", "--alpha", 0.3, "--family", "find", "--compile"],
             ([goal.prompt for goal in dqn.GOALS], "a home", 0.3),
         ),
     ],
@@ -650,13 +708,50 @@ def test_clip_is_asked_for_the_sentence_that_was_written(
     script, flags, expected, world, monkeypatch
 ):
     def ask(model, goals, baseline, alpha, **options):
-        raise Found(goals, baseline, alpha)
+        raise Found((goals, baseline, alpha), options)
 
     _, start = world(script, Bodies if script is sac else Toys)
     monkeypatch.setattr(script, "CLIPReward", ask)
     with pytest.raises(Found) as found:
-        start(*FLAGS, *flags)
-    assert found.value.args == expected
+        start(*FLAGS, "--precision", "bf16", *flags)
+    asked, options = found.value.args
+    compiles = "--compile" in flags
+    assert asked == expected
+    assert options == {"device": "cpu", "precision": "bf16", "compile": compiles}
+
+
+@pytest.mark.parametrize("flags", [(), ("--alpha", 0.4, "--temperature", 0.3)])
+def test_the_softmax_is_of_the_reward_and_at_the_temperature_that_were_asked_for(
+    flags, world, monkeypatch
+):
+    _, start = world(dqn, Toys, Sights)
+    reward, alphas = dqn.goal_baseline_reward, []
+
+    def recorded(s, goal, baseline, alpha):
+        alphas.append(alpha)
+        return reward(s, goal, baseline, alpha)
+
+    def scores(rewards, temperature):
+        raise Found(alphas, temperature)
+
+    monkeypatch.setattr(Sights, "temperature", 0.02)
+    monkeypatch.setattr(dqn, "goal_baseline_reward", recorded)
+    monkeypatch.setattr(dqn, "family_scores", scores)
+    with pytest.raises(Found) as found:
+        start(*FLAGS, "--policy-size", 8, "--policy-input", "pixels", *flags)
+    assert found.value.args == (([0.4], 0.3) if flags else ([0.0], 0.02))
+
+
+@pytest.mark.parametrize("flags", [(), ("--no-place-after-lift",)])
+def test_to_place_is_first_to_lift_unless_it_is_not_wanted(flags, world, monkeypatch):
+    def replay(capacity, steps, seen, stage_one, device):
+        raise Found(stage_one.tolist())
+
+    _, start = world(dqn, Homes)
+    monkeypatch.setattr(dqn, "Replay", replay)
+    with pytest.raises(Found) as found:
+        start(*FLAGS, *DQN_FLAGS, *flags)
+    assert found.value.args == (list(range(240) if flags else dqn.STAGE_ONE),)
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,7 @@ def test_a_kill_ends_the_run_that_was_started_too(tmp_path):
     started = Popen([*line, "--runs", tmp_path / "runs"], stderr=PIPE, text=True)
     children = Path(f"/proc/{started.pid}/task/{started.pid}/children")
     while not (run := children.read_text().split()):
+        assert started.poll() is None
         time.sleep(0.1)
     started.terminate()
     assert "the same command goes on" in started.communicate(timeout=60)[1]

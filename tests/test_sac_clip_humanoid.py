@@ -18,6 +18,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 from sac_clip_humanoid import (  # first: it puts torch before the first GL context
+    BASELINE,
     TASKS,
     ActionRepeat,
     Actor,
@@ -37,6 +38,7 @@ import imageio
 import mujoco
 import numpy as np
 import torch
+from clip_reward import CLIPReward
 from gymnasium.utils.env_checker import check_env
 from reproduce import digest
 from whole_runs import command, kill_after_a_checkpoint, only_run, scalars, start, train
@@ -464,6 +466,11 @@ def test_one_agent_for_all_tasks(tmp_path, random_clip):
     assert result.returncode == 0, result.stderr
     expected, now = networks(whole), networks(resumed)
     assert all(torch.equal(value, now[name]) for name, value in expected.items())
+    # It is told a goal by the direction to it from the baseline, in numbers of about 1.
+    clip = CLIPReward(str(random_clip), [task.goal for task in TASKS.values()], BASELINE)
+    direction = torch.nn.functional.normalize(clip.goal - clip.baseline, dim=-1)
+    told = torch.load(whole / "last.pt", weights_only=True)["goal_input"]  # [8, 64]
+    torch.testing.assert_close(told, 8 * direction)
     of_each = {f"success_rate_{task}" for task in TASKS}
     assert of_each < json.loads((whole / "report.json").read_text())["best"].keys()
     assert {f"eval/{name}" for name in of_each} < scalars(whole).keys()
@@ -549,7 +556,7 @@ class HighArms(torch.nn.Module):
         self.goal = torch.eye(1)
 
     def forward(self, frames: np.ndarray) -> torch.Tensor:
-        red, green, blue = torch.from_numpy(frames).float().unbind(-1)  # [B, H, W] each
+        red, green, blue = torch.as_tensor(frames).float().unbind(-1)  # [B, H, W] each
         arms = ((red > 1.5 * green) & (red > 2 * blue) & (red > 60)).float()
         height = torch.linspace(0.6, -0.4, frames.shape[1])[:, None]
         return ((arms * height).sum((1, 2)) / arms.sum((1, 2)).clamp(min=1))[:, None]
@@ -747,7 +754,10 @@ def test_a_dead_or_hanging_worker_ends_the_run_in_one_line(
     process = start(SCRIPT, tmp_path, *flags)
     workers = children(process.pid)
     os.kill(workers[worker], blow)
-    _, errors = process.communicate(timeout=120)
+    try:
+        _, errors = process.communicate(timeout=120)
+    finally:
+        process.kill()
     assert process.returncode == 1
     assert f"worker [{worker}] of 4 {what}" in errors and "--num-envs" in errors
     assert "Traceback" not in errors
@@ -889,6 +899,8 @@ def test_cuda_asked_for_and_absent(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("script", [SCRIPT, "dqn_clip_playhouse.py"])
 def test_no_gl_library_names_the_packages(script, tmp_path):
+    for end in ("", *(f".{i}" for i in range(10))):  # found before one that works
+        (tmp_path / f"libOSMesa.so{end}").write_bytes(b"no library")
     result = subprocess.run(
         command(script), cwd=tmp_path, capture_output=True, text=True, timeout=120,
         env={**os.environ, "MUJOCO_GL": "osmesa", "PYOPENGL_PLATFORM": "osmesa",
