@@ -106,7 +106,7 @@ def best_of_own(load: Callable[[str], dict]) -> list[list[float]]:
 def poses(load: Callable[[str], dict]) -> plt.Figure:
     """Success of the best checkpoint in each pose, beside the paper's."""
     paper = "paper (ViT-bigG-14)"
-    groups = {paper: [[rate] for rate in PAPER.values()], "ours (bundled CLIP)": best_of_own(load)}
+    groups = {paper: [[rate] for rate in PAPER.values()], "ours (tiny CLIP)": best_of_own(load)}
     return pose_bars(groups, paper)
 
 

@@ -85,12 +85,12 @@ def test_command(command, folder, first_run):
     elif "clip_accuracy" in command:
         run(command, folder, "--states", "500", "--output", str(folder / "accuracy.json"))
         accuracy = json.loads((folder / "accuracy.json").read_text())
-        assert accuracy["mean"]["0"]["auc"] > 0.97  # of 6,000 states 0.994
+        assert accuracy["mean"]["0"]["auc"] > 0.97  # of 6,000 states 0.992
     elif "home_accuracy" in command:
         run(command, folder, "--homes", "8", "--output", str(folder / "homes.json"))
         in_view = json.loads((folder / "homes.json").read_text())["alphas"]["0"]["train"]
         precision = [in_view[family]["average_precision_in_view"] for family in in_view]
-        assert len(precision) == 3 and min(precision) > 0.75  # of 240 homes 0.93, 0.99, 0.83
+        assert len(precision) == 3 and min(precision) > 0.75  # of 240 homes 0.92, 1.00, 0.82
     elif command == "python sac_clip_humanoid.py":
         assert json.loads((first_run / "report.json").read_text())  # this one it was
     elif "benchmark" in command:
