@@ -13,9 +13,8 @@ import pytest
 HERE = Path(__file__).parent
 from sac_clip_humanoid import (  # first: it puts torch before any GL context
     TASKS,
-    Actor,
     HumanoidEnv,
-    Normaliser,
+    Replay,
 )
 
 import numpy as np
@@ -324,28 +323,76 @@ class HerePool:
         return [function(job) for job in jobs]
 
 
-@pytest.mark.parametrize("goals", [1, 3])
-def test_what_an_agent_reaches_is_photographed(goals, tmp_path):
-    """An agent of one goal is not told it, one of several has it beside its state."""
+def write_replay(run: Path, env: HumanoidEnv) -> list[np.ndarray]:
+    """Three files of five steps each; returns the states in them, in their order."""
+    replay, states, zeros = Replay(60, 2, 45, 1, 1, "cpu"), [], np.zeros((2, 1))
+    (run / "replay" / "0").mkdir(parents=True)
+    for _ in range(3):
+        first = replay.head
+        for _ in range(5):
+            s, s_next = env.observation_space.sample()[:45], env.observation_space.sample()[:45]
+            states += [s, s_next]
+            replay.add(np.stack([s, s]), zeros, zeros, torch.from_numpy(s_next), 0, 0, True)
+        replay.save(run / "replay" / "0", first)
+    return states
+
+
+def test_what_an_agent_reached_is_photographed(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_tiny_clip, "PER_AGENT", 30)
     train_tiny_clip.open_studio(train_tiny_clip.Args(FOLDER))
     env = train_tiny_clip.studio.env
-    normaliser, goal_input = Normaliser(45), torch.randn(goals, 4 if goals > 1 else 0)
-    actor = Actor(45 + goal_input.shape[1], env.action_space.shape[0], 16)
-    torch.save(
-        {
-            "args": {"action_repeat": 2, "hidden": 16},
-            "normaliser": normaliser.state_dict(),
-            "agent": actor.state_dict(),
-            "goal_input": goal_input,
-        },
-        tmp_path / "last.pt",
-    )
-    reached = train_tiny_clip.agent_states((tmp_path / "last.pt", 30, 0))
-    assert len(reached.frames) == 30 and len(np.unique(reached.qpos, axis=0)) == 30
-    env.set_state(reached.qpos[7], np.zeros(env.model.nv))
-    truth = describe(env)
-    np.testing.assert_allclose(reached.truths[7], [truth[name] for name in ATTRIBUTES], atol=1e-5)
+    states = write_replay(tmp_path, env)
+    poses = train_tiny_clip.reached_poses(tmp_path, np.random.default_rng(0))
+    assert poses.shape == (30, 24) and 0.1 < np.abs(poses[:, :2]).max() < 0.35
+    late = {state[:22].tobytes() for state in states[10:]}  # the last two of three files
+    reached = {pose[2:].astype(np.float32).tobytes() for pose in poses}
+    assert reached <= late and len(reached) > 10
+
+    env.reset(seed=0)
+    upright = env.data.qpos.copy()
+    shown = train_tiny_clip.photographs(np.stack([upright, upright + 0.1]))
+    np.testing.assert_array_equal(shown.qpos[0], upright)
+    assert shown.truths[0][ATTRIBUTES.index("hanging")] == describe(env)["hanging"]
+    assert (shown.frames[0] != shown.frames[1]).any()
     env.close()
+
+
+def test_what_agents_reached_goes_on_to_the_next_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_tiny_clip, "PER_AGENT", 30)
+    monkeypatch.setattr(train_tiny_clip, "KEPT", 20)
+    env = HumanoidEnv(None, full_observation=True)
+    late = np.float16([state[:22] for state in write_replay(tmp_path / "run", env)[10:]])
+    few = {"states": 100, "searches": 0, "batch_size": 12, "resolution": 72, "width": 4, "steps": 1}
+    args = train_tiny_clip.Args(output=tmp_path / "first", agents=(tmp_path / "run",), **few)
+    train_tiny_clip.main(args)
+    first = np.load(tmp_path / "first" / "reached.npy")
+    assert first.shape == (20, 24)
+    assert {pose[2:].tobytes() for pose in first} <= {pose.tobytes() for pose in late}
+    train_tiny_clip.main(
+        train_tiny_clip.Args(output=tmp_path / "second", start=tmp_path / "first", **few)
+    )
+    second = np.load(tmp_path / "second" / "reached.npy")
+    np.testing.assert_array_equal(np.unique(second, axis=0), np.unique(first, axis=0))
+
+
+def test_the_cosine_is_held_to_the_course_of_the_progress():
+    """As in a slow reference: matches weigh as much as misses; a caption without both does not."""
+    rng = np.random.default_rng(0)
+    cosine, aim = rng.normal(size=(2, 30, 4)).astype(np.float32)
+    match = rng.random((30, 4)).astype(np.float32)
+    match[:, 2] = 0  # of which nothing is true
+    off = []
+    for column in (0, 1, 3):
+        m = match[:, column]
+        weight = m / m.sum() + (1 - m) / (1 - m).sum()
+        covariance = np.cov(cosine[:, column], aim[:, column], aweights=weight)
+        off.append(1 - covariance[0, 1] / math.sqrt(covariance[0, 0] * covariance[1, 1]))
+    tensors = map(torch.from_numpy, (cosine, aim, match, 1 - match))
+    assert train_tiny_clip.off_course(*tensors).item() == pytest.approx(np.mean(off), abs=1e-5)
+    aim, nothing = torch.from_numpy(aim), torch.zeros(30, 4)
+    some = torch.from_numpy(match)
+    assert train_tiny_clip.off_course(2 * aim - 1, aim, some, 1 - some).item() < 1e-5
+    assert train_tiny_clip.off_course(aim, aim, nothing, nothing).item() == 0
 
 
 def test_adversaries_learn_from_the_clip_and_show_what_they_reach(tmp_path, monkeypatch, capsys):
@@ -359,14 +406,14 @@ def test_adversaries_learn_from_the_clip_and_show_what_they_reach(tmp_path, monk
     )
     args = train_tiny_clip.Args(output=FOLDER, adversaries=("splits",))
     args.adversary_steps = 400
-    train_tiny_clip.open_studio(args)
-    reached = train_tiny_clip.adversary_states(args, HerePool(), 0)
-    assert len(reached.frames) == 100 and len(np.unique(reached.qpos, axis=0)) == 100
+    rng = np.random.default_rng(0)
+    poses = train_tiny_clip.adversary_poses(args, rng)
+    assert poses.shape == (50, 24) and len(np.unique(poses, axis=0)) > 40
     printed = capsys.readouterr().out
     assert printed.count("clip_return") == 1 and "__splits__" in printed
     args.adversary_steps = 0
     with pytest.raises(SystemExit, match="--adversaries"):
-        train_tiny_clip.adversary_states(args, HerePool(), 0)
+        train_tiny_clip.adversary_poses(args, rng)
 
 
 def test_no_adversary_outlives_the_program(monkeypatch):
@@ -384,7 +431,7 @@ def test_no_adversary_outlives_the_program(monkeypatch):
     monkeypatch.setattr(train_tiny_clip.subprocess, "Popen", Agent)
     args = train_tiny_clip.Args(output=FOLDER, adversaries=("splits", "lotus"))
     with pytest.raises(KeyboardInterrupt):
-        train_tiny_clip.adversary_states(args, HerePool(), 0)
+        train_tiny_clip.adversary_poses(args, np.random.default_rng(0))
     assert len(agents) == 2 and all(agent.end(timeout=60) == -signal.SIGTERM for agent in agents)
 
 

@@ -8,13 +8,14 @@ States come from scripted poses with noise, from stiff settling on the floor, fr
 that, and from random falls. An agent visits what nobody scripted: whatever the CLIP overrates. So,
 several times during the training, a hill climb over poses looks for states that the CLIP of that
 moment misjudges, and what it visits is added to the training states; so is what agents reach that
-are trained on the CLIP of that moment (`--adversaries`), or were on an earlier one (`--start` and
-`--agents`). Every image gets a graded truth in [0, 1] for each attribute (a stance, or what the
-arms do), measured on the body's geometry in this file and never with the `TASKS` predicates, which
-mark the agents; and the progress towards it, as a truth is 0 nearly everywhere. A caption is a
-conjunction of attributes in random words, and its truth the smallest of theirs, so the loss knows
-for every image of a batch and every caption of it whether they match. The cosine, which an agent
-will climb, is to follow the progress in proportion.
+are trained on the CLIP of that moment (`--adversaries`), or were on an earlier one (`--agents`).
+Some of what agents reached is kept with the CLIP, for a training that goes on from it. Every image
+gets a graded truth in [0, 1] for each attribute (a stance, or what the arms do), measured on the
+body's geometry in this file and never with the `TASKS` predicates, which mark the agents; and the
+progress towards it, as a truth is 0 nearly everywhere. A caption is a conjunction of attributes in
+random words, and its truth the smallest of theirs, so the loss knows for every image of a batch and
+every caption of it whether they match. The cosine, which an agent will climb, is to follow the
+progress in proportion, and near the goal above all.
 """
 
 import json
@@ -33,7 +34,7 @@ from typing import Literal, NamedTuple
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 # First: it puts torch before the first GL context.
-from sac_clip_humanoid import ACTION_SCALE, Actor, HumanoidEnv, Normaliser
+from sac_clip_humanoid import HumanoidEnv
 from clip_reward import auto_precision
 
 import home_states
@@ -56,9 +57,10 @@ class Args:
     output: Path
     """folder to write, in open_clip's own format"""
     start: Path | None = None
-    """folder of a CLIP to train further, instead of a new one; a resnet may have more blocks, which
-    begin as the identity; any other image tower starts anew, and at first imitates that CLIP's on
-    frames of the humanoid"""
+    """folder of a CLIP to train further, instead of a new one, with what agents reached in its
+    training (reached.npy), lest that is forgotten; a resnet may have more blocks, which begin as
+    the identity; any other image tower starts anew, and at first imitates that CLIP's on frames of
+    the humanoid"""
     minutes: float = 42.0
     """length of the training itself, after the rendering and without the adversaries; the learning
     rate decays to its end"""
@@ -248,8 +250,10 @@ STANCE_POSES = {
     "one_knee_off": {"right:hip_y": -40, "right:knee": -115, "left:knee": -95},
     "half_kneel": {"right:hip_y": -85, "right:knee": -90, "left:knee": -95},
     "splits": {"hip_x": -25, "hip_z": -60, "hip_y": -80, "knee": -2, "pitch": 18},
+    "half_splits": {"hip_x": -25, "hip_z": -60, "hip_y": -80, "right:knee": -110, "pitch": 18},
     "near_splits": {"hip_x": -20, "hip_z": -30, "hip_y": -85, "knee": -15, "pitch": 10},
     "lotus": {"hip_x": -25, "hip_z": -55, "hip_y": -62, "knee": -160, "pitch": 28},
+    "lotus_narrow": {"hip_x": -8, "hip_z": -40, "hip_y": -62, "knee": -160, "pitch": 28},
     "near_lotus": {"hip_x": -15, "hip_z": -30, "hip_y": -75, "knee": -130, "pitch": 20},
     "sit": {"hip_y": -90, "knee": -10},
     "one_leg": {"right:hip_y": -60, "right:knee": -90},
@@ -624,44 +628,35 @@ def new_states(job: tuple[int, int]) -> States:
     return studio.develop(count)
 
 
-PER_AGENT = 2000  # states of each checkpoint
+PER_AGENT = 4000  # poses of each run
+KEPT = 20_000  # of all that agents reached, for the trainings that go on from a CLIP
 
 
-def agent_states(job: tuple[Path, int, int]) -> States:
-    """What the agent of a checkpoint reaches, with its noise and without: a count, by a seed."""
-    checkpoint, count, seed = job
-    rng, env = np.random.default_rng(seed), studio.env
-    state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    repeat = state["args"]["action_repeat"]
-    obs_dim, act_dim = len(state["normaliser"]["mean"]), env.action_space.shape[0]
-    goal_input = state["goal_input"]  # [G, E], of which an episode has one
-    normaliser = Normaliser(obs_dim)
-    actor = Actor(obs_dim + goal_input.shape[1], act_dim, state["args"]["hidden"])
-    normaliser.load_state_dict(state["normaliser"])
-    actor.load_state_dict(state["agent"])
-    while len(studio.shots) < count:
-        observation, _ = env.reset(seed=int(rng.integers(2**31)))
-        noisy, goal = rng.random() < 0.5, int(rng.integers(len(goal_input)))
-        for step in range(100):
-            if step % repeat == 0:
-                with torch.no_grad():
-                    s = normaliser(torch.from_numpy(observation[:obs_dim])[None])
-                    mean, log_std = actor(torch.cat([s, goal_input[[goal]]], -1))
-                    noise = torch.from_numpy(rng.standard_normal(mean.shape, np.float32))
-                    a = torch.tanh(mean + noisy * log_std.exp() * noise)
-            observation, *_ = env.step(ACTION_SCALE * a[0].numpy())
-            if step % 5 == 4:
-                studio.shoot()
-    return studio.develop(count)
+def reached_poses(run: Path, rng: np.random.Generator) -> np.ndarray:
+    """Poses [n, 24] that the agent of a run was in, in the last two thirds of its training, from
+    its replay. That does not tell where on the floor, so the place is random."""
+    files = sorted(run.glob("replay/*/*-*.pt"), key=lambda path: int(path.stem.split("-")[0]))
+    parts = [torch.load(path, weights_only=True) for path in files[len(files) // 3 :]]
+    visited = torch.cat([part["data"][0].flatten(0, 1) for part in parts]).numpy()
+    some = visited[rng.integers(len(visited), size=PER_AGENT)]
+    return np.hstack([rng.uniform(-0.35, 0.35, (PER_AGENT, 2)), some[:, :22]])
 
 
-def adversary_states(args: Args, pool: multiprocessing.pool.Pool, seed: int) -> States:
+def photographs(poses: np.ndarray) -> States:
+    for qpos in poses:  # [24]
+        studio.env.set_state(qpos, np.zeros(studio.env.model.nv))
+        studio.shoot()
+    return studio.develop(len(poses))
+
+
+def adversary_poses(args: Args, rng: np.random.Generator) -> np.ndarray:
     """What agents reach that learn from the CLIP in the output folder, one for each task."""
     line = [
         sys.executable, HERE.parent / "sac_clip_humanoid.py", "--no-capture-video",
-        "--clip-model", args.output.resolve(), "--seed", seed, "--camera", args.camera,
-        "--textured" if args.textured else "--no-textured", "--frame-size", args.resolution,
-        "--total-timesteps", args.adversary_steps, "--final-episodes", 16,
+        "--clip-model", args.output.resolve(), "--seed", rng.integers(2**31),
+        "--textured" if args.textured else "--no-textured", "--camera", args.camera,
+        "--frame-size", args.resolution, "--total-timesteps", args.adversary_steps,
+        "--final-episodes", 16,
     ]  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         agents = [
@@ -680,9 +675,7 @@ def adversary_states(args: Args, pool: multiprocessing.pool.Pool, seed: int) -> 
         runs = sorted(Path(folder).glob("runs/*"))
         for run in runs:
             print(run.name, json.loads((run / "report.json").read_text())["best"], flush=True)
-        paths = [run / name for run in runs for name in ("best.pt", "last.pt")]
-        jobs = [(path, PER_AGENT, 1000 * seed + i) for i, path in enumerate(paths)]
-        return States(*run_jobs(pool, agent_states, jobs))
+        return np.concatenate([reached_poses(run, rng) for run in runs])
 
 
 def varied_states(job: tuple[np.ndarray, int]) -> States:
@@ -800,13 +793,16 @@ def misjudged_states(
     return States(*map(np.concatenate, zip(*visited, strict=True)))
 
 
+NEAR = 0.65  # of the progress, from where on an agent may take what it has for the goal
+
+
 def telling_states(states: States) -> list[np.ndarray]:
     """Indices of the states that match each stance, alone and with each thing that arms do, and of
     the near misses of what agents are asked for, where they are not a rarity."""
     postures = [(s,) for s in STANCES] + [(s, a) for s in STANCES for a in ARMS]
     groups = [least(states.truths, posture) > 0.5 for posture in postures]
     for meaning in ASKED:
-        near = least(states.progress, meaning) > 0.65
+        near = least(states.progress, meaning) > NEAR
         groups.append(near & (least(states.truths, meaning) < 0.5))
     return [index for index in map(np.flatnonzero, groups) if len(index) >= 20]
 
@@ -862,10 +858,14 @@ def main(args: Args) -> None:
         states = States(*map(np.concatenate, zip(states, new, strict=True)))
         origin = np.append(origin, np.full(len(new.frames), kind))
 
-    if args.agents:
-        agents = [run / name for run in args.agents for name in ("best.pt", "last.pt")]
-        agent_jobs = [(path, PER_AGENT, 1000 * args.seed + i) for i, path in enumerate(agents)]
-        add(States(*run_jobs(pool, agent_states, agent_jobs)), REACHED)
+    def add_reached(poses: np.ndarray) -> None:
+        add(States(*run_jobs(pool, photographs, np.array_split(poses, 8))), REACHED)
+
+    reached = [reached_poses(run, rng) for run in args.agents]
+    if args.start is not None and (args.start / "reached.npy").exists():
+        reached.append(np.load(args.start / "reached.npy").astype(float))
+    if reached:
+        add_reached(np.concatenate(reached))
     center, spread = states.points.mean((0, 1)), states.points.std((0, 1)) + 1e-3
     print(f"{scripted} states in {time.time() - start:.0f} s; mean truth of each attribute:")
     print({a: round(float(m), 3) for a, m in zip(ATTRIBUTES, states.truths.mean(0), strict=True)})
@@ -1006,20 +1006,15 @@ def main(args: Args) -> None:
     def loss_of(
         cosine: torch.Tensor, match: torch.Tensor, aim: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        """From [B, C]: the sigmoid loss, the correlation with the progress, and the share of the
-        clear matches and mismatches that are told right."""
+        """From [B, C]: the sigmoid loss, how far the cosine is off the progress' course, and the
+        share of the clear matches and mismatches that are told right."""
         logits = model.logit_scale.exp() * cosine + bias
         # Each caption weighs its matches as much as its mismatches, however rare they are.
         miss = 1 - match
         positive, negative = match / match.sum(0).clamp(min=4), miss / miss.sum(0).clamp(min=4)
         loss = -(positive * F.logsigmoid(logits) + negative * F.logsigmoid(-logits)).sum(0).mean()
-        # An agent climbs the cosine, which should follow the progress in proportion.
-        both = (match.sum(0) > 1) & (miss.sum(0) > 1)
-        weight = (match / match.sum(0) + miss / miss.sum(0))[:, both] / 2
-        x, y = (v[:, both] - (weight * v[:, both]).sum(0) for v in (cosine, aim))
-        rho = (weight * x * y).sum(0) * ((weight * x**2).sum(0) * (weight * y**2).sum(0)).rsqrt()
         right = ((logits > 0) == (match > 0.5))[(match < 0.2) | (match > 0.8)].float().mean()
-        return loss, rho.mean(), right
+        return loss, off_course(cosine, aim, match, miss), right
 
     def cell_losses(
         texts: Sequence[torch.Tensor], shown: np.ndarray, homes: int
@@ -1039,8 +1034,8 @@ def main(args: Args) -> None:
             for choice, truth in home_states.cell_truths(shares.numpy()).items()
         ]
         some = shares[:count, -len(home_states.LANDMARKS) :].sqrt()  # far away it is a small one
-        loss, rho, _ = loss_of(x[:count] @ texts[-1].T, some, some)
-        return [*losses, loss + 1 - rho]
+        loss, off, _ = loss_of(x[:count] @ texts[-1].T, some, some)
+        return [*losses, loss + off]
 
     mean, std = torch.tensor([OPENAI_DATASET_MEAN, OPENAI_DATASET_STD]).view(2, 1, 3, 1, 1)
     encode_image = torch.compile(model.encode_image) if args.compile else model.encode_image
@@ -1061,7 +1056,7 @@ def main(args: Args) -> None:
             if args.adversaries:
                 paused = time.time()
                 save(args.output, model, config, words)
-                add(adversary_states(args, pool, 10 * args.seed + searches), REACHED)
+                add_reached(adversary_poses(args, rng))
                 start += time.time() - paused
             some = rng.integers(scripted, size=3000)
             recent = len(SOUGHT) * LINEAGES * GENERATIONS // 2
@@ -1099,11 +1094,16 @@ def main(args: Args) -> None:
         for i, (*_, match, aim) in enumerate(parts):
             cosine = image_features[i] @ text_features[i].T  # [B, C]
             match, aim = torch.from_numpy(match), torch.from_numpy(aim)
-            loss, rho, right = loss_of(cosine[:, :count], match[:, :count], aim[:, :count])
+            loss, off, right = loss_of(cosine[:, :count], match[:, :count], aim[:, :count])
             target = torch.from_numpy(targets[i]).float()
             fit = F.mse_loss(heads[i](below[i]), target) / target.square().mean()
-            total = total + (loss + 1 - rho + fit) / len(parts)
-            log.append(f"loss {loss:.3f}, right {right:.3f}, rho {rho:.3f}, head {fit:.3f}")
+            total = total + (loss + off + fit) / len(parts)
+            log.append(f"loss {loss:.3f}, right {right:.3f}, off {off:.3f}, head {fit:.3f}")
+            if i == 0:  # of the humanoid: near the goal the way is short, and counts most
+                close = aim > NEAR
+                off = off_course(cosine, aim, match * close, (1 - match) * close)
+                total = total + off / len(parts)
+                log.append(f"near the goal off {off:.3f}")
             if i == 1:  # of homes: the choices follow the random captions
                 choices = [count, *map(len, home_states.CHOICES)]
                 logits = model.logit_scale.exp() * cosine[:, : match.shape[1]]
@@ -1136,7 +1136,23 @@ def main(args: Args) -> None:
         if step % 1000 == 0:
             save(args.output, model, config, words)
     save(args.output, model, config, words)
+    if REACHED in origin:
+        poses = rng.permutation(states.qpos[origin == REACHED])[:KEPT]
+        np.save(args.output / "reached.npy", np.float16(poses))
     pool.terminate()
+
+
+def off_course(
+    cosine: torch.Tensor, aim: torch.Tensor, match: torch.Tensor, miss: torch.Tensor
+) -> torch.Tensor:
+    """An agent climbs the cosine [B, C], which should follow the aim in proportion: 1 less their
+    correlation, in which each caption weighs its matches as much as its misses; 0 without both."""
+    both = (match.sum(0) > 1) & (miss.sum(0) > 1)
+    weight = (match / match.sum(0) + miss / miss.sum(0))[:, both] / 2
+    x, y = (v[:, both] - (weight * v[:, both]).sum(0) for v in (cosine, aim))
+    variances = (weight * x**2).sum(0) * (weight * y**2).sum(0)
+    rho = (weight * x * y).sum(0) * variances.clamp(min=1e-12).rsqrt()
+    return (1 - rho).sum() / both.sum().clamp(min=1)
 
 
 def softmax_loss(logits: torch.Tensor, match: torch.Tensor, unnamed: torch.Tensor) -> torch.Tensor:
