@@ -243,6 +243,7 @@ def test_frames_that_do_not_divide_into_cells_are_refused_in_one_line():
         ({"adversaries": ("splits", "split")}, "--adversaries split: choose from kneeling"),
         ({"adversaries": ("splits",), "searches": 0}, "--searches 0"),
         ({"adversaries": ("splits",), "adversary_steps": 5000}, "--adversary-steps 5000"),
+        ({"agents": (HERE / "frames",)}, "--agents .*frames: has no replay; name a run of"),
     ],
 )
 def test_bad_flags_are_refused_in_one_line_before_any_rendering(flags, message):
@@ -393,6 +394,21 @@ def test_the_cosine_is_held_to_the_course_of_the_progress():
     some = torch.from_numpy(match)
     assert train_tiny_clip.off_course(2 * aim - 1, aim, some, 1 - some).item() < 1e-5
     assert train_tiny_clip.off_course(aim, aim, nothing, nothing).item() == 0
+
+
+def test_the_humanoid_alone_is_held_to_it_near_the_goal_once_more(tmp_path, monkeypatch):
+    off_course, calls = train_tiny_clip.off_course, []
+    monkeypatch.setattr(
+        train_tiny_clip, "off_course", lambda *call: calls.append(call) or off_course(*call)
+    )
+    few = {"states": 100, "homes": 50, "searches": 0, "batch_size": 60, "steps": 1, "width": 4}
+    train_tiny_clip.main(train_tiny_clip.Args(output=tmp_path, resolution=72, **few))
+    (cosine, aim, match, miss), (near_cosine, near_aim, near_match, near_miss) = calls[:2]
+    close = aim > train_tiny_clip.NEAR
+    assert close.any() and not close.all()
+    assert (near_cosine == cosine).all() and (near_aim == aim).all()
+    assert (near_match == match * close).all() and (near_miss == miss * close).all()
+    assert len(calls) == 4  # and once each for homes and their landmarks
 
 
 def test_adversaries_learn_from_the_clip_and_show_what_they_reach(tmp_path, monkeypatch, capsys):

@@ -834,6 +834,9 @@ def main(args: Args) -> None:
         sys.exit(f"--home-share {args.home_share}: must lie between 0 and 1")
     if unknown := [task for task in args.adversaries if task not in PROMPTS]:
         sys.exit(f"--adversaries {unknown[0]}: choose from {', '.join(PROMPTS)}")
+    for run in args.agents:
+        if not any(run.glob("replay/*/*-*.pt")):
+            sys.exit(f"--agents {run}: has no replay; name a run of sac_clip_humanoid.py")
     if not 0 <= args.fixed_statistics <= 1:
         sys.exit(f"--fixed-statistics {args.fixed_statistics}: must lie between 0 and 1")
     if args.adversaries and not args.searches:
